@@ -1,0 +1,2 @@
+//! Checked arguments.
+pub struct Args;

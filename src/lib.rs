@@ -1,0 +1,7 @@
+//! GoFlow.
+pub mod clock;
+pub mod command;
+pub mod error;
+pub mod job;
+pub mod resp;
+pub mod shard;

@@ -1,0 +1,1 @@
+//! One client: bytes in, requests out.

@@ -1,0 +1,275 @@
+//! The seam between GoFlow and what keeps the jobs: one verb, [`Shard::apply`], over ordered batches of [`Op`]s.
+//!
+//! Three implementations keep the same rules: `memory` (the rules themselves, `state.rs`, pure), `embedded` (the same
+//! rules, rows on disk) and `redis` (the same rules in Lua). `tests/conformance` holds each to every sentence here and
+//! `tests/model.rs` drives the last two against the first.
+//!
+//! ## The state machine
+//!
+//! ```text
+//!            ENQUEUE                       ACK (also late, until a newer lease)
+//!   ┌── DELAY ──┴────────┐                ┌──────────────────────► completed
+//!   ▼                    ▼     LEASE      │
+//! scheduled ──due──►  ready ───────────► leased ──FAIL / lapse──► scheduled (backoff) or ready (no delay)
+//!   ▲                  ▲ ▲                │   └── spent >= attempts, or lapses >= lapses_max, or DEAD ──► dead
+//!   └─RELEASE DELAY────┼─┴─RELEASE────────┘                                                              │
+//!                      └────────────────────────── RETRY (redrive) ─────────────────────────────────────┘
+//! ready, scheduled, leased, dead ──CANCEL──► cancelled      ready, scheduled ──TTL──► expired
+//! ```
+//!
+//! - Ready jobs leave by (higher priority, lower *place*). One counter per queue hands out seqs and places: a new job's
+//!   first place is its seq; each time a job becomes ready by falling due or by a redrive it gets a new place at the end
+//!   of the line; a release without delay keeps the place it had. A job that starts scheduled gets its place when due.
+//! - *spent* = failures + lapses since enqueue or redrive. A delivery's `attempt` is spent + 1. A release spends nothing.
+//! - A lapse (lease end <= now) puts the job back scheduled at now + backoff(spent) (at least 1 ms), error
+//!   `lease lapsed (<lapses> of <lapses_max>)`; the `lapses_max`th makes it dead with error
+//!   `lease lapsed <n> times: the worker crashed or hung`; attempts used up by a lapse makes it dead likewise.
+//! - A verdict repeated with the same token gets the same answer while nothing newer happened to the job. After FAIL,
+//!   RELEASE or a lapse only the same verdict again, or after a lapse an ACK, is taken; anything else is `LeaseLost`.
+//!   An ACK counts for a job that a lapse made dead, too. A newer lease, or an end by something else, is `LeaseLost`;
+//!   a job that is not known any more is `NoSuchJob` (an ACK just counts 0 in both cases).
+//! - A unique key is held from the enqueue until the job is over, dead, purged or deleted, or until its time is up. A
+//!   redrive takes it again; where another job holds it, that job stays dead and is not counted.
+//! - A job's ttl counts from its enqueue; a job that would become ready or scheduled after it is expired instead. A leased
+//!   job does not expire.
+//! - Before the ops of a queue are applied, what has fallen due in it is moved, at most [`TICK_JOBS_MAX`] jobs, in the
+//!   order: lapsed leases, due scheduled, expired ttls; each in the order of (time, seq).
+//! - Jobs that are over are kept for [`Retention`]; the oldest go first. Their chosen id answers `Held` until then.
+//!
+//! Everything random (lease tokens) comes in with the op and all time is the shard's, so the same ops at the same times
+//! give the same outcomes on every implementation.
+
+use bytes::Bytes;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use crate::clock::{Millis, UnixMs};
+use crate::error::{Error, Result};
+use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Policy};
+
+pub mod embedded;
+pub mod memory;
+pub mod redis;
+pub mod state;
+
+/// Most jobs that fall due in one go before a queue's ops; what is left follows with the next batch or tick.
+pub const TICK_JOBS_MAX: usize = 1_000;
+/// Most jobs that one PURGE, RETRYALL or other bulk op moves; `Outcome::Moved` says whether there is more.
+pub const BULK_JOBS_MAX: usize = 1_000;
+/// Most jobs in one page of PEEK or DLQ LIST.
+pub const PAGE_JOBS_MAX: usize = 1_000;
+
+/// How long and how many jobs that are over are kept, per queue and shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    pub age_ms: Millis,
+    pub jobs: u64,
+}
+
+/// The rules that the configuration decides; the same on every shard of a deployment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rules {
+    pub retention: Retention,
+    /// A job whose lease lapsed so often is dead.
+    pub lapses_max: u32,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Rules { retention: Retention { age_ms: 3_600_000, jobs: 10_000 }, lapses_max: 3 }
+    }
+}
+
+/// When a new job may start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    Now,
+    /// This long after the shard has it.
+    Delay(Millis),
+    At(UnixMs),
+}
+
+/// One operation on one queue of one shard.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Op {
+    pub queue: Name,
+    pub action: Action,
+}
+
+/// What an operation does, and in brackets its outcome.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Adds one job for each payload, all or none. `policy.id` or `policy.unique` only with one payload. [`Outcome::Enqueued`]
+    Enqueue { policy: Arc<Policy>, payloads: Vec<Bytes>, start: Start },
+    /// Leases up to `tokens.len()` ready jobs, one for each token. Nothing from a paused queue. [`Outcome::Leased`]
+    Lease { tokens: Vec<u64>, lease_ms: Millis, worker: Bytes },
+    /// Completes the leased jobs. [`Outcome::Count`]
+    Ack { leases: Vec<Lease>, result: Bytes },
+    /// The delivery failed. `retry_in` replaces the backoff; `dead` ends the retries. [`Outcome::State`]
+    Fail { lease: Lease, error: Bytes, trace: Bytes, retry_in: Option<Millis>, dead: bool },
+    /// Gives the job back, attempt uncounted: at its old place, or after `delay`. [`Outcome::State`]
+    Release { lease: Lease, delay: Millis },
+    /// Moves the lease's end to now + `lease_ms`. [`Outcome::Until`]
+    Extend { lease: Lease, lease_ms: Millis },
+    /// Records how far the job is; `percent` is 0 to 100. [`Outcome::Done`]
+    Progress { lease: Lease, percent: u8, text: Bytes },
+    /// Ends a job that is not over, whoever holds it. [`Outcome::Count`] 1, or 0.
+    Cancel { job: JobRef },
+    /// [`Outcome::Job`]
+    Job { job: JobRef },
+    /// A page of the jobs in a state: ready in delivery order, scheduled by due time, leased by lease end, dead and those
+    /// that are over newest first. [`Outcome::Jobs`]
+    Peek { state: JobState, offset: u64, count: u64 },
+    /// How many jobs are in a state. [`Outcome::Count`]
+    Len { state: JobState },
+    /// [`Outcome::Stats`]
+    Stats,
+    /// Stops or resumes deliveries, until said otherwise. [`Outcome::Done`]
+    Pause { paused: bool },
+    /// Removes jobs of a state, oldest first, at most [`BULK_JOBS_MAX`]; leased ones lose their lease. [`Outcome::Moved`]
+    Purge { state: JobState },
+    /// One dead job. [`Outcome::Job`]: `None` when it is not dead.
+    DeadGet { job: JobRef },
+    /// Puts dead jobs back: ready, at the end of the line, spent and lapses 0, redrives one more. [`Outcome::Count`]
+    DeadRetry { jobs: Vec<JobRef> },
+    /// The same for all that were dead when it began, oldest first: those that died up to `until` (`None`: now, and
+    /// `Outcome::Moved` says the point to go on with). [`Outcome::Moved`]
+    DeadRetryAll { until: Option<UnixMs> },
+    /// Removes dead jobs for good. [`Outcome::Count`]
+    DeadDelete { jobs: Vec<JobRef> },
+    /// Moves what has fallen due and trims what is kept; nothing else. [`Outcome::Done`]
+    Tick,
+}
+
+/// What became of one new job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Placed {
+    /// It was added under this seq.
+    Added(u64),
+    /// Nothing was added: this job holds the `ID` or the `UNIQUE` key.
+    Held { seq: u64, chosen: Option<Bytes> },
+}
+
+/// The counters of a queue on one shard, since the shard first saw the queue, and how many jobs are in each state.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    pub ready: u64,
+    pub scheduled: u64,
+    pub leased: u64,
+    pub dead: u64,
+    /// Kept ones of the states that are over.
+    pub completed_kept: u64,
+    pub cancelled_kept: u64,
+    pub expired_kept: u64,
+    pub enqueued: u64,
+    pub delivered: u64,
+    pub completed: u64,
+    pub failed: u64,
+    pub lapsed: u64,
+    pub released: u64,
+    pub died: u64,
+    pub redriven: u64,
+    pub cancelled: u64,
+    pub expired: u64,
+    pub paused: bool,
+    /// Enqueue time of the job that is next in line.
+    pub oldest_ready_at: Option<UnixMs>,
+    /// The shard's clock when this was read.
+    pub now: UnixMs,
+}
+
+/// The answer to one [`Op`].
+#[derive(Debug, PartialEq)]
+pub enum Outcome {
+    Enqueued(Vec<Placed>),
+    Leased(Vec<Delivery>),
+    Count(u64),
+    State(JobState),
+    Until(UnixMs),
+    Done,
+    Job(Option<Box<JobView>>),
+    Jobs(Vec<JobView>),
+    Stats(Box<Stats>),
+    /// `count` were moved; `next` is set while there may be more: the `until` to go on with (a PURGE ignores it).
+    Moved {
+        count: u64,
+        next: Option<UnixMs>,
+    },
+    LeaseLost,
+    NoSuchJob,
+}
+
+/// What a batch leaves for the lane to act on. One for each queue that the batch touched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Effect {
+    pub queue: Name,
+    /// Ready jobs after the batch; 0 when deliveries are paused.
+    pub ready: u64,
+    /// Ready, leased and scheduled jobs after the batch: the load that placement looks at.
+    pub load: u64,
+    /// Until something in this queue falls due (a lease end, a due time, a ttl), from now; `None`: nothing will.
+    pub due_in: Option<Millis>,
+}
+
+/// The answer to one batch: an outcome for each op in the same order, and the effects. An op that fails alone fails in
+/// its outcome; where the whole call failed every outcome carries the error and there are no effects.
+#[derive(Debug)]
+pub struct Applied {
+    pub outcomes: Vec<Result<Outcome>>,
+    pub effects: Vec<Effect>,
+}
+
+impl Applied {
+    pub fn failed(ops: usize, error: &Error) -> Applied {
+        Applied { outcomes: (0..ops).map(|_| Err(error.clone())).collect(), effects: Vec::new() }
+    }
+}
+
+/// What a shard says of itself when asked: for `goflow check`, `GOFLOW.SHARDS` and the log.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Health {
+    /// For example `redis 7.0.15` or `embedded`.
+    pub server: String,
+    /// How it keeps what it acknowledged, in words.
+    pub durability: String,
+    /// What is unsafe about its settings, one sentence each; empty when nothing is.
+    pub warnings: Vec<String>,
+}
+
+/// Called by a shard when a queue of it stopped being empty, whoever did it. `None`: wake-ups may have been missed, so
+/// every queue counts as not empty.
+pub type OnWake = Arc<dyn Fn(Option<Name>) + Send + Sync>;
+
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// One backend that holds a part of every queue.
+pub trait Shard: Send + Sync + 'static {
+    /// Applies the ops in order and commits, then answers. `at` replaces the shard's clock in tests; in production it is
+    /// `None`. Ops of one queue see each other's effects; each queue's part is one commit. Never called twice at once.
+    fn apply(&self, ops: Vec<Op>, at: Option<UnixMs>) -> BoxFuture<'_, Applied>;
+
+    /// The names of the queues that the shard has ever seen, sorted.
+    fn queues(&self) -> BoxFuture<'_, Result<Vec<Name>>>;
+
+    /// From now on calls `on_wake` for each queue that becomes non-empty. An implementation whose only writer is this
+    /// process need not call it: the effects of its batches say the same.
+    fn watch(&self, on_wake: OnWake);
+
+    /// Asks the backend who and how it is. Also reconnects where that is needed.
+    fn probe(&self) -> BoxFuture<'_, Result<Health>>;
+
+    /// Stamps the shard on first use with the deployment's and its own name and stores the shard map's version; an error
+    /// says why the shard must not be used: another stamp, another shard's name, or a map that is newer or not the same.
+    fn claim(&self, stamp: Stamp) -> BoxFuture<'_, Result<()>>;
+}
+
+/// What [`Shard::claim`] writes on a shard and compares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    pub deployment: String,
+    pub shard: String,
+    /// The version of the shard map, and the map in one line, so that two maps under one version are told apart.
+    pub map_version: u64,
+    pub map: String,
+}
