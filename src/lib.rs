@@ -1,6 +1,7 @@
 //! GoFlow.
 pub mod clock;
 pub mod command;
+pub mod dispatch;
 pub mod error;
 pub mod job;
 pub mod resp;

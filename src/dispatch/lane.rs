@@ -1,0 +1,772 @@
+//! One lane per shard and process: the only caller of [`Shard::apply`].
+//!
+//! Takes everything that has gathered in its mailbox, orders it into runs of like operations, applies it as one batch,
+//! answers the sessions, then acts on the effects; what comes in meanwhile is the next batch. No timer: idle costs no
+//! latency, load makes batches larger. Waiting clients of the shard's queues stand here, beside the writer, so a wake-up
+//! cannot be lost.
+//!
+//! Promises: the operations of one session on one queue apply in the order sent; an answered write is committed; waiters
+//! of one lane are served oldest first; a full mailbox is back-pressure ([`Lane::submit`] hands the parcel back).
+//! Leaves placement to `router`, and what a ticket is to `waiting`.
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::mem::discriminant;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use dashmap::DashMap;
+use foldhash::fast::RandomState;
+use rand::Rng;
+use tokio::sync::{Notify, oneshot};
+
+use super::waiting::Ticket;
+use crate::error::{Code, Error, Happened, Result};
+use crate::job::{Delivery, Lease, Name, TOKEN_MAX};
+use crate::shard::{Action, Applied, Effect, Op, Outcome, Shard};
+
+/// Most jobs in one batch; one operation larger than this goes alone.
+const BATCH_JOBS_MAX: usize = 512;
+/// Most payload bytes in one batch.
+const BATCH_BYTES_MAX: usize = 4 << 20;
+/// Most operations and payload bytes that wait in a mailbox; beyond it sessions stop reading.
+const MAILBOX_OPS_MAX: usize = 65_536;
+const MAILBOX_BYTES_MAX: usize = 64 << 20;
+/// How long a session waits for room in a mailbox before it answers OVERLOADED.
+pub const ROOM_WAIT: Duration = Duration::from_secs(5);
+/// Tickets served on the strength of a wake-up that does not say how many jobs there are.
+const CLAIMS_ON_HEARSAY: usize = 64;
+/// Queues whose load and timers a lane keeps; the others are found by the sweep.
+const QUEUES_KEPT_MAX: usize = 100_000;
+/// The slow poll that stands behind wake-ups and timers.
+const SWEEP_EVERY: Duration = Duration::from_secs(2);
+/// Queues looked at in one sweep.
+const SWEEP_QUEUES_MAX: usize = 64;
+/// After a failure operations are refused for this long, doubling to the maximum, before one batch tries the shard again.
+const REST_MIN: Duration = Duration::from_millis(50);
+const REST_MAX: Duration = Duration::from_millis(1_000);
+
+/// Jobs leased for a client, with the promise that they go back if the client never gets them.
+#[derive(Debug)]
+pub struct Leased {
+    pub queue: Name,
+    pub shard: Arc<str>,
+    pub deliveries: Vec<Delivery>,
+    pub hold: Hold,
+}
+
+/// Gives leases back, attempt uncounted and at their old place, unless it is settled first.
+pub struct Hold {
+    lane: Option<Arc<Lane>>,
+    queue: Name,
+    leases: Vec<Lease>,
+}
+
+impl Hold {
+    /// The client has the jobs; from here their leases decide.
+    pub fn settle(mut self) {
+        self.lane = None;
+    }
+}
+
+impl std::fmt::Debug for Hold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Hold({} of {})", self.leases.len(), self.queue)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(lane) = self.lane.take() {
+            // Last leased first, so that each lands before the one that stood behind it.
+            for lease in self.leases.drain(..).rev() {
+                let action = Action::Release { lease, delay: 0 };
+                lane.mail().push_own(Op { queue: self.queue.clone(), action }, Answer::Nobody);
+            }
+            lane.bell.notify_one();
+        }
+    }
+}
+
+/// Who hears the outcome of an operation.
+enum Answer {
+    Session(oneshot::Sender<Result<Outcome>>),
+    Leasing(oneshot::Sender<Result<Leased>>),
+    Ticket(Arc<Ticket>),
+    Nobody,
+}
+
+/// An operation on its way through the lane.
+struct Parcel {
+    op: Op,
+    /// Which session sent it; 0 for the lane's own, which keep no order.
+    session: u64,
+    answer: Answer,
+}
+
+#[derive(Default)]
+struct Mailbox {
+    parcels: VecDeque<Parcel>,
+    bytes: usize,
+    parked: Vec<(Name, Arc<Ticket>)>,
+    /// Queues to look at again because another lane let go of a ticket.
+    nudged: HashSet<Name, RandomState>,
+    /// Queues of which the shard said that they stopped being empty; `all_woken` when it may have said more.
+    woken: HashSet<Name, RandomState>,
+    all_woken: bool,
+}
+
+impl Mailbox {
+    fn push(&mut self, op: Op, session: u64, answer: Answer) {
+        self.bytes += op_bytes(&op);
+        self.parcels.push_back(Parcel { op, session, answer });
+    }
+
+    fn push_own(&mut self, op: Op, answer: Answer) {
+        self.push(op, 0, answer);
+    }
+}
+
+/// What a lane tells everybody about its shard.
+#[derive(Debug)]
+pub struct Vitals {
+    down: AtomicBool,
+    draining: AtomicBool,
+    pub batches: AtomicU64,
+    pub ops: AtomicU64,
+    pub errors: AtomicU64,
+    /// Exponentially weighted mean of a batch's round trip, in microseconds.
+    pub latency_us: AtomicU64,
+    last_error: Mutex<Option<Error>>,
+}
+
+/// The process's one ordered line of job operations to one shard.
+pub struct Lane {
+    name: Arc<str>,
+    index: usize,
+    shard: Arc<dyn Shard>,
+    mailbox: Mutex<Mailbox>,
+    bell: Notify,
+    room: Notify,
+    /// Jobs that wait or run, per queue: as the last answer said, plus what was sent since.
+    loads: DashMap<Name, u64, RandomState>,
+    pub vitals: Vitals,
+}
+
+impl Lane {
+    pub fn new(name: Arc<str>, index: usize, shard: Arc<dyn Shard>) -> Arc<Lane> {
+        let vitals = Vitals {
+            down: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
+            batches: AtomicU64::new(0),
+            ops: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+            latency_us: AtomicU64::new(0),
+            last_error: Mutex::new(None),
+        };
+        Arc::new(Lane {
+            name,
+            index,
+            shard,
+            mailbox: Mutex::default(),
+            bell: Notify::new(),
+            room: Notify::new(),
+            loads: DashMap::with_hasher(RandomState::default()),
+            vitals,
+        })
+    }
+
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    pub fn shard(&self) -> &Arc<dyn Shard> {
+        &self.shard
+    }
+
+    pub fn is_down(&self) -> bool {
+        self.vitals.down.load(Ordering::Relaxed)
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.vitals.draining.load(Ordering::Relaxed)
+    }
+
+    pub fn set_draining(&self, draining: bool) {
+        self.vitals.draining.store(draining, Ordering::Relaxed);
+    }
+
+    pub fn last_error(&self) -> Option<Error> {
+        self.vitals.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn load(&self, queue: &Name) -> Option<u64> {
+        self.loads.get(queue).map(|load| *load)
+    }
+
+    /// All jobs that wait or run on the shard, as far as this process has heard.
+    pub fn depth(&self) -> u64 {
+        self.loads.iter().map(|load| *load).sum()
+    }
+
+    fn mail(&self) -> MutexGuard<'_, Mailbox> {
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the mailbox takes another operation. A session that finds it full waits for [`Lane::room`].
+    pub fn has_room(&self) -> bool {
+        let mail = self.mail();
+        mail.parcels.len() < MAILBOX_OPS_MAX && mail.bytes < MAILBOX_BYTES_MAX
+    }
+
+    /// Resolves when the mailbox has room; OVERLOADED after [`ROOM_WAIT`].
+    pub async fn room(&self) -> Result<()> {
+        let roomy = async {
+            loop {
+                let freed = self.room.notified();
+                if self.has_room() {
+                    return;
+                }
+                freed.await;
+            }
+        };
+        tokio::time::timeout(ROOM_WAIT, roomy).await.map_err(|_| {
+            Error::new(Code::Overloaded, format!("{} operations wait for shard {} already", MAILBOX_OPS_MAX, self.name))
+        })
+    }
+
+    /// Puts an operation in line; the receiver gets its outcome. The operations of one session keep their order.
+    pub fn submit(&self, op: Op, session: u64) -> oneshot::Receiver<Result<Outcome>> {
+        let (sender, receiver) = oneshot::channel();
+        if let Action::Enqueue { payloads, .. } = &op.action
+            && let Some(mut load) = self.loads.get_mut(&op.queue)
+        {
+            *load += payloads.len() as u64;
+        }
+        self.mail().push(op, session, Answer::Session(sender));
+        self.bell.notify_one();
+        receiver
+    }
+
+    /// Puts a lease in line for a client that does not wait.
+    pub fn submit_lease(&self, op: Op, session: u64) -> oneshot::Receiver<Result<Leased>> {
+        let (sender, receiver) = oneshot::channel();
+        self.mail().push(op, session, Answer::Leasing(sender));
+        self.bell.notify_one();
+        receiver
+    }
+
+    /// Puts a ticket in the line of a queue.
+    pub fn park(&self, queue: Name, ticket: Arc<Ticket>) {
+        self.mail().parked.push((queue, ticket));
+        self.bell.notify_one();
+    }
+
+    /// Looks at a queue again, because a ticket that was passed over is free.
+    pub fn nudge(&self, queue: &Name) {
+        self.mail().nudged.insert(queue.clone());
+        self.bell.notify_one();
+    }
+
+    fn woken(&self, queue: Option<Name>) {
+        let mut mail = self.mail();
+        match queue {
+            Some(queue) if mail.woken.len() < QUEUES_KEPT_MAX => {
+                mail.woken.insert(queue);
+            }
+            _ => mail.all_woken = true,
+        }
+        drop(mail);
+        self.bell.notify_one();
+    }
+
+    /// Serves the lane until the process ends.
+    pub async fn run(self: Arc<Lane>) {
+        let lane = self.clone();
+        self.shard.watch(Arc::new(move |queue| lane.woken(queue)));
+        let mut line = Line::new(self);
+        loop {
+            line.collect();
+            let batch = line.batch();
+            if batch.is_empty() {
+                line.idle().await;
+            } else {
+                line.apply(batch).await;
+            }
+        }
+    }
+}
+
+/// Payload bytes of an operation, for the bounds.
+fn op_bytes(op: &Op) -> usize {
+    match &op.action {
+        Action::Enqueue { payloads, .. } => payloads.iter().map(|payload| payload.len() + 64).sum(),
+        Action::Ack { leases, result } => leases.len() * 16 + result.len(),
+        Action::Fail { error, trace, .. } => error.len() + trace.len() + 64,
+        _ => 64,
+    }
+}
+
+/// Jobs of an operation, for the bounds.
+fn op_jobs(op: &Op) -> usize {
+    match &op.action {
+        Action::Enqueue { payloads, .. } => payloads.len(),
+        Action::Lease { tokens, .. } => tokens.len(),
+        Action::Ack { leases, .. } => leases.len(),
+        Action::DeadRetry { jobs } | Action::DeadDelete { jobs } => jobs.len(),
+        _ => 1,
+    }
+}
+
+/// What the lane believes about one queue of its shard.
+#[derive(Default)]
+struct Slot {
+    waiters: VecDeque<Arc<Ticket>>,
+    /// Waiters after the line was last cleared of tickets that are over.
+    waiters_cleared: usize,
+    /// Ready jobs after the last batch; `None`: not known, because the shard was never asked or has sent a wake-up.
+    ready: Option<u64>,
+    due_at: Option<Instant>,
+}
+
+/// The lane's own state, touched by its task alone.
+struct Line {
+    lane: Arc<Lane>,
+    slots: HashMap<Name, Slot, RandomState>,
+    /// Queues whose waiters may be served now.
+    hot: BTreeSet<Name>,
+    timers: BTreeSet<(Instant, Name)>,
+    sweep_at: Instant,
+    sweep_after: Option<Name>,
+    /// Until when operations are refused after a failure, and the next rest's length.
+    resting_until: Option<Instant>,
+    rest: Duration,
+}
+
+impl Line {
+    fn new(lane: Arc<Lane>) -> Line {
+        Line {
+            lane,
+            slots: HashMap::default(),
+            hot: BTreeSet::new(),
+            timers: BTreeSet::new(),
+            sweep_at: Instant::now() + SWEEP_EVERY,
+            sweep_after: None,
+            resting_until: None,
+            rest: REST_MIN,
+        }
+    }
+
+    /// Takes in tickets, nudges, wake-ups and timers that came since the last batch.
+    fn collect(&mut self) {
+        let (parked, nudged, woken, all_woken) = {
+            let mut mail = self.lane.mail();
+            let all_woken = std::mem::take(&mut mail.all_woken);
+            if mail.parked.is_empty() && mail.nudged.is_empty() && mail.woken.is_empty() && !all_woken {
+                drop(mail);
+                return self.collect_due();
+            }
+            (
+                std::mem::take(&mut mail.parked),
+                std::mem::take(&mut mail.nudged),
+                std::mem::take(&mut mail.woken),
+                all_woken,
+            )
+        };
+        if all_woken {
+            self.slots.values_mut().for_each(|slot| slot.ready = None);
+            self.hot
+                .extend(self.slots.iter().filter(|(_, slot)| !slot.waiters.is_empty()).map(|(queue, _)| queue.clone()));
+        }
+        for queue in woken {
+            if let Some(slot) = self.slots.get_mut(&queue) {
+                slot.ready = None;
+                self.hot.insert(queue);
+            }
+        }
+        for queue in nudged {
+            self.hot.insert(queue);
+        }
+        for (queue, ticket) in parked {
+            let slot = self.slots.entry(queue.clone()).or_default();
+            if slot.waiters.len() >= 2 * slot.waiters_cleared + 16 {
+                slot.waiters.retain(|ticket| !ticket.is_over());
+                slot.waiters_cleared = slot.waiters.len();
+            }
+            slot.waiters.push_back(ticket);
+            if slot.ready != Some(0) {
+                self.hot.insert(queue);
+            }
+        }
+        self.collect_due();
+    }
+
+    /// Queues in which something has fallen due are looked at, waiters or not: a lapse must not wait for a client.
+    fn collect_due(&mut self) {
+        let now = Instant::now();
+        while let Some((due_at, _)) = self.timers.first()
+            && *due_at <= now
+            && let Some((_, queue)) = self.timers.pop_first()
+        {
+            if let Some(slot) = self.slots.get_mut(&queue) {
+                slot.due_at = None;
+                slot.ready = None;
+                self.hot.insert(queue);
+            }
+        }
+    }
+
+    /// The next batch: waiting parcels up to the bounds, ordered into runs, and behind them the claims for tickets.
+    fn batch(&mut self) -> Vec<Parcel> {
+        let mut taken = Vec::new();
+        let (mut jobs, mut bytes) = (0, 0);
+        {
+            let mut mail = self.lane.mail();
+            while let Some(parcel) = mail.parcels.front()
+                && (taken.is_empty() || (jobs < BATCH_JOBS_MAX && bytes < BATCH_BYTES_MAX))
+            {
+                jobs += op_jobs(&parcel.op);
+                bytes += op_bytes(&parcel.op);
+                taken.extend(mail.parcels.pop_front());
+            }
+            mail.bytes = mail.bytes.saturating_sub(bytes);
+        }
+        if !taken.is_empty() {
+            self.lane.room.notify_waiters();
+        }
+        if self.resting_until.is_some_and(|until| Instant::now() < until) {
+            self.refuse(taken);
+            return Vec::new();
+        }
+        let mut fresh: HashMap<Name, u64, RandomState> = HashMap::default();
+        for parcel in &taken {
+            if let Action::Enqueue { payloads, .. } = &parcel.op.action
+                && self.slots.get(&parcel.op.queue).is_some_and(|slot| !slot.waiters.is_empty())
+            {
+                *fresh.entry(parcel.op.queue.clone()).or_default() += payloads.len() as u64;
+            }
+        }
+        let mut batch = into_runs(taken);
+        self.hot.extend(fresh.keys().cloned());
+        for queue in std::mem::take(&mut self.hot) {
+            self.claim(&queue, fresh.get(&queue).copied().unwrap_or(0), &mut batch);
+        }
+        batch
+    }
+
+    /// Puts claims for the oldest tickets of a queue into the batch, as many as jobs may be there; with no ticket to
+    /// serve, a tick where the queue's state is not known.
+    fn claim(&mut self, queue: &Name, fresh: u64, batch: &mut Vec<Parcel>) {
+        let Some(slot) = self.slots.get_mut(queue) else { return };
+        let mut room = match slot.ready {
+            Some(ready) => (ready + fresh).min(BATCH_JOBS_MAX as u64) as usize,
+            None => CLAIMS_ON_HEARSAY.max(fresh.min(BATCH_JOBS_MAX as u64) as usize),
+        };
+        let before = batch.len();
+        let mut passed_over = VecDeque::new();
+        while room > 0
+            && let Some(ticket) = slot.waiters.pop_front()
+        {
+            if ticket.is_over() {
+                continue;
+            }
+            if !ticket.claim() {
+                // Another lane is asking for it; it nudges us if it finds nothing.
+                passed_over.push_back(ticket);
+                continue;
+            }
+            let count = ticket.count.clamp(1, BATCH_JOBS_MAX);
+            room = room.saturating_sub(count);
+            let action =
+                Action::Lease { tokens: new_tokens(count), lease_ms: ticket.lease_ms, worker: ticket.worker.clone() };
+            batch.push(Parcel { op: Op { queue: queue.clone(), action }, session: 0, answer: Answer::Ticket(ticket) });
+        }
+        while let Some(ticket) = passed_over.pop_back() {
+            slot.waiters.push_front(ticket);
+        }
+        if batch.len() == before && slot.ready.is_none() && fresh == 0 {
+            batch.push(Parcel {
+                op: Op { queue: queue.clone(), action: Action::Tick },
+                session: 0,
+                answer: Answer::Nobody,
+            });
+        }
+    }
+
+    /// Applies a batch and does everything that follows from it.
+    async fn apply(&mut self, batch: Vec<Parcel>) {
+        let mut ops = Vec::with_capacity(batch.len());
+        let mut answers = Vec::with_capacity(batch.len());
+        for parcel in batch {
+            let queue = match parcel.answer {
+                Answer::Session(_) | Answer::Nobody => None,
+                Answer::Leasing(_) | Answer::Ticket(_) => Some(parcel.op.queue.clone()),
+            };
+            answers.push((parcel.answer, queue));
+            ops.push(parcel.op);
+        }
+        let count = ops.len();
+        let asked_at = Instant::now();
+        let Applied { outcomes, effects } = self.lane.shard.apply(ops, None).await;
+        self.note_vitals(count, asked_at.elapsed(), &outcomes);
+        // Effects first: they say whether there is more for the tickets that are answered below.
+        for effect in effects {
+            self.take_effect(effect);
+        }
+        let mut returned = Vec::new();
+        for ((answer, queue), outcome) in answers.into_iter().zip(outcomes) {
+            match answer {
+                Answer::Session(sender) => drop(sender.send(outcome)),
+                Answer::Leasing(sender) => {
+                    if let Some(queue) = queue {
+                        drop(sender.send(outcome.and_then(|outcome| self.leased(queue, outcome))));
+                    }
+                }
+                Answer::Ticket(ticket) => {
+                    if let Some(queue) = queue {
+                        match outcome.and_then(|outcome| self.leased(queue.clone(), outcome)) {
+                            Ok(leased) if !leased.deliveries.is_empty() => ticket.deliver(leased),
+                            _ => returned.push((queue, ticket)),
+                        }
+                    }
+                }
+                Answer::Nobody => {}
+            }
+        }
+        // Last claimed first, so that the line stands as before.
+        for (queue, ticket) in returned.into_iter().rev() {
+            if ticket.unclaim(&self.lane) {
+                self.slots.entry(queue).or_default().waiters.push_front(ticket);
+            }
+        }
+    }
+
+    fn leased(&self, queue: Name, outcome: Outcome) -> Result<Leased> {
+        match outcome {
+            Outcome::Leased(deliveries) => {
+                let leases = deliveries.iter().map(|delivery| delivery.lease).collect();
+                let hold = Hold { lane: Some(self.lane.clone()), queue: queue.clone(), leases };
+                Ok(Leased { queue, shard: self.lane.name.clone(), deliveries, hold })
+            }
+            _ => Err(Error::bad("the shard answered a lease with something else")),
+        }
+    }
+
+    fn take_effect(&mut self, effect: Effect) {
+        let Effect { queue, ready, load, due_in } = effect;
+        match self.lane.loads.get_mut(&queue) {
+            Some(mut known) => *known = load,
+            None if self.lane.loads.len() < QUEUES_KEPT_MAX => {
+                self.lane.loads.insert(queue.clone(), load);
+            }
+            None => {}
+        }
+        if !self.slots.contains_key(&queue) {
+            if due_in.is_none() || self.slots.len() >= QUEUES_KEPT_MAX {
+                return;
+            }
+            self.slots.insert(queue.clone(), Slot::default());
+        }
+        let Some(slot) = self.slots.get_mut(&queue) else { return };
+        slot.ready = Some(ready);
+        if ready > 0 && !slot.waiters.is_empty() {
+            self.hot.insert(queue.clone());
+        }
+        let due_at = due_in.map(|ms| Instant::now() + Duration::from_millis(ms.clamp(1, 3_600_000)));
+        // Within a few milliseconds of the timer that stands, that one will do.
+        let close = |a: Instant, b: Instant| a <= b && b - a < Duration::from_millis(5);
+        match (slot.due_at, due_at) {
+            (Some(old), Some(new)) if close(old, new) => {}
+            (old, new) => {
+                if let Some(old) = old {
+                    self.timers.remove(&(old, queue.clone()));
+                }
+                if let Some(new) = new {
+                    self.timers.insert((new, queue.clone()));
+                }
+                slot.due_at = new;
+                if new.is_none() && slot.waiters.is_empty() {
+                    self.slots.remove(&queue);
+                }
+            }
+        }
+    }
+
+    fn note_vitals(&mut self, ops: usize, took: Duration, outcomes: &[Result<Outcome>]) {
+        let vitals = &self.lane.vitals;
+        vitals.batches.fetch_add(1, Ordering::Relaxed);
+        vitals.ops.fetch_add(ops as u64, Ordering::Relaxed);
+        let mean = vitals.latency_us.load(Ordering::Relaxed);
+        vitals.latency_us.store((mean * 7 + took.as_micros() as u64) / 8, Ordering::Relaxed);
+        let down = outcomes.iter().find_map(|outcome| match outcome {
+            Err(error) if error.code == Code::ShardDown => Some(error.clone()),
+            _ => None,
+        });
+        let Some(error) = down else {
+            if self.lane.vitals.down.swap(false, Ordering::Relaxed) {
+                tracing::info!(shard = %self.lane.name, "shard is back");
+                // Whatever was believed before may have changed meanwhile.
+                self.lane.woken(None);
+            }
+            self.resting_until = None;
+            self.rest = REST_MIN;
+            return;
+        };
+        vitals.errors.fetch_add(1, Ordering::Relaxed);
+        if !self.lane.vitals.down.swap(true, Ordering::Relaxed) {
+            tracing::warn!(shard = %self.lane.name, %error, "shard is down");
+        }
+        *self.lane.vitals.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        let jitter = rand::rng().random_range(0.75..1.25);
+        self.resting_until = Some(Instant::now() + self.rest.mul_f64(jitter));
+        self.rest = (self.rest * 2).min(REST_MAX);
+    }
+
+    /// Answers what came while the shard rests from a failure.
+    fn refuse(&mut self, parcels: Vec<Parcel>) {
+        let error = Error::shard_down(&self.lane.name, "is not reachable", Happened::No);
+        for parcel in parcels {
+            match parcel.answer {
+                Answer::Session(sender) => drop(sender.send(Err(error.clone()))),
+                Answer::Leasing(sender) => drop(sender.send(Err(error.clone()))),
+                Answer::Ticket(_) | Answer::Nobody => {}
+            }
+        }
+    }
+
+    /// Waits for mail, the next timer, the end of a rest, or the sweep.
+    async fn idle(&mut self) {
+        let resting = self.resting_until.filter(|until| *until > Instant::now());
+        let timer = self.timers.first().map(|(due_at, _)| *due_at);
+        let wake_at = match resting {
+            Some(until) => until,
+            None => timer.map_or(self.sweep_at, |due_at| due_at.min(self.sweep_at)),
+        };
+        tokio::select! {
+            () = self.lane.bell.notified() => {}
+            () = tokio::time::sleep_until(wake_at.into()) => {
+                if Instant::now() >= self.sweep_at {
+                    self.sweep().await;
+                } else if resting.is_some() {
+                    // The first batch after a rest asks for whoever waits.
+                    self.lane.woken(None);
+                }
+            }
+        }
+    }
+
+    /// Looks at some queues of the shard although nothing said so: those with waiters, and a page of the others. It is
+    /// what finds a lapsed lease or a due job that a proxy left behind when it died, and a wake-up that was lost.
+    async fn sweep(&mut self) {
+        let jitter = rand::rng().random_range(0.8..1.2);
+        self.sweep_at = Instant::now() + SWEEP_EVERY.mul_f64(jitter);
+        self.slots.retain(|_, slot| {
+            slot.waiters.retain(|ticket| !ticket.is_over());
+            slot.waiters_cleared = slot.waiters.len();
+            !slot.waiters.is_empty() || slot.due_at.is_some()
+        });
+        let Ok(queues) = self.lane.shard.queues().await else { return };
+        let after = self.sweep_after.take();
+        let start = after.map_or(0, |after| queues.partition_point(|queue| *queue <= after));
+        let page = &queues[start..(start + SWEEP_QUEUES_MAX).min(queues.len())];
+        self.sweep_after = page.last().filter(|_| start + page.len() < queues.len()).cloned();
+        for queue in page {
+            if self.slots.len() < QUEUES_KEPT_MAX || self.slots.contains_key(queue) {
+                self.slots.entry(queue.clone()).or_default().ready = None;
+                self.hot.insert(queue.clone());
+            }
+        }
+    }
+}
+
+/// Random lease tokens.
+pub fn new_tokens(count: usize) -> Vec<u64> {
+    let mut random = rand::rng();
+    (0..count).map(|_| random.random_range(0..TOKEN_MAX)).collect()
+}
+
+/// Orders parcels into runs of like operations per queue, so that a shard can use its many-element commands. Each goes
+/// into the earliest run of its kind that is not before the last run of its own session and queue, so what one session
+/// sent for one queue keeps its order; operations of different sessions had none.
+fn into_runs(parcels: Vec<Parcel>) -> Vec<Parcel> {
+    if parcels.len() < 3 {
+        return parcels;
+    }
+    let mut runs: Vec<Vec<Parcel>> = Vec::new();
+    // Per queue: its runs in order. Per session and queue: the place of its last run in that order.
+    let mut queues: HashMap<Name, Vec<usize>, RandomState> = HashMap::default();
+    let mut last: HashMap<(u64, Name), usize, RandomState> = HashMap::default();
+    for parcel in parcels {
+        let kind = discriminant(&parcel.op.action);
+        let order = queues.entry(parcel.op.queue.clone()).or_default();
+        let key = (parcel.session, parcel.op.queue.clone());
+        let from = last.get(&key).copied().unwrap_or(0);
+        let found = (from..order.len()).find(|at| discriminant(&runs[order[*at]][0].op.action) == kind);
+        let at = found.unwrap_or_else(|| {
+            order.push(runs.len());
+            runs.push(Vec::new());
+            order.len() - 1
+        });
+        runs[order[at]].push(parcel);
+        if key.0 != 0 {
+            last.insert(key, at);
+        }
+    }
+    let mut places: Vec<usize> = Vec::with_capacity(runs.len());
+    queues.into_values().for_each(|order| places.extend(order));
+    let mut runs: Vec<Option<Vec<Parcel>>> = runs.into_iter().map(Some).collect();
+    places.into_iter().filter_map(|place| runs[place].take()).flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    fn parcel(session: u64, queue: &str, number: u64, verdict: bool) -> Parcel {
+        let lease = Lease { seq: number, token: 0 };
+        let action = match verdict {
+            true => Action::Ack { leases: vec![lease], result: Bytes::new() },
+            false => Action::Release { lease, delay: 0 },
+        };
+        Parcel { op: Op { queue: Name::parse(queue.as_bytes()).unwrap(), action }, session, answer: Answer::Nobody }
+    }
+
+    fn number(parcel: &Parcel) -> u64 {
+        match &parcel.op.action {
+            Action::Ack { leases, .. } => leases[0].seq,
+            Action::Release { lease, .. } => lease.seq,
+            _ => unreachable!("only these two are made here"),
+        }
+    }
+
+    #[test]
+    fn runs_keep_the_order_of_each_session_and_queue() {
+        let mut random = rand::rng();
+        for _ in 0..200 {
+            let parcels: Vec<Parcel> = (0..60)
+                .map(|n| parcel(random.random_range(1..6), ["a", "b"][random.random_range(0..2)], n, random.random()))
+                .collect();
+            let runs = into_runs(parcels);
+            assert_eq!(runs.len(), 60);
+            let mut last: HashMap<(u64, Name), u64> = HashMap::new();
+            for parcel in &runs {
+                let before = last.insert((parcel.session, parcel.op.queue.clone()), number(parcel));
+                assert!(before.is_none_or(|before| before < number(parcel)), "a session was overtaken by itself");
+            }
+        }
+    }
+
+    #[test]
+    fn operations_of_many_sessions_become_few_runs() {
+        let parcels = (0..50).map(|n| parcel(n + 1, "main", n, n % 2 == 0)).collect();
+        let runs = into_runs(parcels);
+        let changes =
+            runs.windows(2).filter(|pair| discriminant(&pair[0].op.action) != discriminant(&pair[1].op.action));
+        assert_eq!(changes.count(), 1);
+    }
+}
