@@ -1,0 +1,140 @@
+//! A child process with its log: started, stopped, continued and killed by signal.
+//!
+//! The kernel's parent-death signal belongs to the thread that forks, not to the process, so every child is started by
+//! one thread that lives as long as the test binary does.
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, PoisonError, mpsc};
+use std::time::Instant;
+
+use super::PATIENCE;
+
+/// What to start, and where.
+#[derive(Clone, Debug)]
+pub struct Program {
+    pub path: PathBuf,
+    pub args: Vec<OsString>,
+    pub env: Vec<(String, String)>,
+    pub dir: PathBuf,
+}
+
+/// A running (or dead) child. Killed on drop.
+pub struct Process {
+    child: Child,
+    pub stdout: Arc<Log>,
+    pub stderr: Arc<Log>,
+}
+
+impl Process {
+    pub fn start(program: &Program) -> Process {
+        let mut child = fork(program);
+        let stdout = Log::follow(child.stdout.take().unwrap());
+        let stderr = Log::follow(child.stderr.take().unwrap());
+        Process { child, stdout, stderr }
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal by name: `TERM`, `STOP`, `CONT`.
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill").arg(format!("-{name}")).arg(self.id().to_string()).status().unwrap();
+        assert!(sent.success(), "process {} did not take SIG{name}", self.id());
+    }
+
+    /// SIGKILL, and waits until it is gone.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn wait(&mut self) -> ExitStatus {
+        crate::eventually!("the process ended", self.child.try_wait().unwrap())
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+type Forked = std::io::Result<Child>;
+
+fn fork(program: &Program) -> Child {
+    static FORKER: LazyLock<Mutex<mpsc::Sender<(Command, mpsc::Sender<Forked>)>>> = LazyLock::new(|| {
+        let (orders, inbox) = mpsc::channel::<(Command, mpsc::Sender<Forked>)>();
+        std::thread::spawn(move || {
+            inbox.into_iter().for_each(|(mut command, reply)| drop(reply.send(command.spawn())))
+        });
+        Mutex::new(orders)
+    });
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(&program.path).args(&program.args).current_dir(&program.dir);
+    command.envs(program.env.iter().cloned()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let (reply, forked) = mpsc::channel();
+    FORKER.lock().unwrap_or_else(PoisonError::into_inner).send((command, reply)).unwrap();
+    forked.recv().unwrap().unwrap_or_else(|error| panic!("setpriv {}: {error}", program.path.display()))
+}
+
+/// The lines that a process wrote on one of its streams, in order.
+#[derive(Default)]
+pub struct Log {
+    lines: Mutex<Vec<String>>,
+    grew: Condvar,
+}
+
+impl Log {
+    fn follow(stream: impl Read + Send + 'static) -> Arc<Log> {
+        let log = Arc::new(Log::default());
+        let writer = log.clone();
+        std::thread::spawn(move || {
+            let mut reader = BufReader::new(stream);
+            let mut line = Vec::new();
+            while reader.read_until(b'\n', &mut line).is_ok_and(|len| len > 0) {
+                let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+                writer.lines.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+                writer.grew.notify_all();
+                line.clear();
+            }
+        });
+        log
+    }
+
+    pub fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits for a line that holds `needle` and returns the first one.
+    pub fn wait_for(&self, needle: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(line) = lines.iter().find(|line| line.contains(needle)) {
+                return line.clone();
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "no line holds {needle:?} in the log:\n{}", lines.join("\n"));
+            lines = self.grew.wait_timeout(lines, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// Finds a program on the path.
+pub fn on_path(name: &str) -> Option<PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH")?).map(|dir| dir.join(name)).find(|path| path.is_file())
+}
+
+/// The directory where `.ci/setup` puts the Python packages that tests use.
+pub fn venv() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("../venv")
+}
