@@ -1,3 +1,4 @@
-//! The wire: requests from clients ([`request`]), replies to them ([`reply`]).
+//! The wire: requests from clients ([`request`]), replies to them ([`reply`]), and where a backend's reply ends ([`scan`]).
 pub mod reply;
 pub mod request;
+pub mod scan;
