@@ -68,13 +68,19 @@ impl Drop for Process {
     }
 }
 
-type Forked = std::io::Result<Child>;
+/// A command to start, and where to send what came of it.
+struct Order {
+    command: Command,
+    reply: mpsc::Sender<std::io::Result<Child>>,
+}
 
 fn fork(program: &Program) -> Child {
-    static FORKER: LazyLock<Mutex<mpsc::Sender<(Command, mpsc::Sender<Forked>)>>> = LazyLock::new(|| {
-        let (orders, inbox) = mpsc::channel::<(Command, mpsc::Sender<Forked>)>();
+    static FORKER: LazyLock<Mutex<mpsc::Sender<Order>>> = LazyLock::new(|| {
+        let (orders, inbox) = mpsc::channel::<Order>();
         std::thread::spawn(move || {
-            inbox.into_iter().for_each(|(mut command, reply)| drop(reply.send(command.spawn())))
+            for mut order in inbox {
+                let _ = order.reply.send(order.command.spawn());
+            }
         });
         Mutex::new(orders)
     });
@@ -82,7 +88,7 @@ fn fork(program: &Program) -> Child {
     command.args(["--pdeathsig", "KILL", "--"]).arg(&program.path).args(&program.args).current_dir(&program.dir);
     command.envs(program.env.iter().cloned()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let (reply, forked) = mpsc::channel();
-    FORKER.lock().unwrap_or_else(PoisonError::into_inner).send((command, reply)).unwrap();
+    FORKER.lock().unwrap_or_else(PoisonError::into_inner).send(Order { command, reply }).unwrap();
     forked.recv().unwrap().unwrap_or_else(|error| panic!("setpriv {}: {error}", program.path.display()))
 }
 
