@@ -1,0 +1,527 @@
+//! Runs a [`Plan`] against the dispatcher: the only place where plans meet shards.
+//!
+//! [`execute`] never waits. It submits what the plan wants at once, so that what one connection sent is in its lanes'
+//! order, and returns an [`Answer`] that the session resolves in request order. An answer that takes several steps
+//! ([`Answer::Later`]) also holds back the requests behind it, as a blocking command does in Redis.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::oneshot;
+
+use crate::clock::Millis;
+use crate::command::{Dequeue, Enqueue, JobAddress, Merge, Plan, Render, Route, job};
+use crate::dispatch::lane::{Hold, Lane, Leased, new_tokens};
+use crate::dispatch::waiting::Ticket;
+use crate::dispatch::{Dispatcher, ShardMap};
+use crate::error::{Code, Error, Happened, Result};
+use crate::job::{JobRef, Lease, Name, format_id};
+use crate::resp::reply::{Protocol, Reply, put_header};
+use crate::shard::{Action, Op, Outcome, Placed};
+
+/// What execute needs to know of the client.
+#[derive(Clone, Copy, Debug)]
+pub struct Asker {
+    /// The client's connection: its operations keep their order under this number.
+    pub session: u64,
+    /// The longest wait of a blocking command, in milliseconds.
+    pub block_ms_max: Millis,
+}
+
+/// A finished answer.
+#[derive(Debug)]
+pub enum Done {
+    Reply(Reply),
+    /// One job, written as a map.
+    Delivery(Leased),
+    /// Several jobs, written as an array of maps.
+    Deliveries(Vec<Leased>),
+}
+
+impl Done {
+    /// Appends the reply; what is returned must be settled once the client has it, or dropped to give the jobs back.
+    pub fn write(self, protocol: Protocol, out: &mut BytesMut) -> Vec<Hold> {
+        match self {
+            Done::Reply(reply) => {
+                reply.encode(protocol, out);
+                Vec::new()
+            }
+            Done::Delivery(leased) => {
+                for delivery in &leased.deliveries {
+                    job::put_delivery(out, delivery, &leased.queue, &leased.shard, protocol);
+                }
+                vec![leased.hold]
+            }
+            Done::Deliveries(groups) => {
+                put_header(out, b'*', groups.iter().map(|leased| leased.deliveries.len()).sum());
+                for leased in &groups {
+                    for delivery in &leased.deliveries {
+                        job::put_delivery(out, delivery, &leased.queue, &leased.shard, protocol);
+                    }
+                }
+                groups.into_iter().map(|leased| leased.hold).collect()
+            }
+        }
+    }
+}
+
+impl From<Result<Reply>> for Done {
+    fn from(result: Result<Reply>) -> Done {
+        Done::Reply(result.unwrap_or_else(Reply::Error))
+    }
+}
+
+pub type Later = Pin<Box<dyn Future<Output = Done>>>;
+
+/// An answer that is there, or on its way.
+pub enum Answer {
+    Done(Done),
+    /// One op in one lane; requests behind it go on.
+    Outcome { outcome: oneshot::Receiver<Result<Outcome>>, shape: Shape },
+    /// One lease in one lane; requests behind it go on.
+    Lease { leased: oneshot::Receiver<Result<Leased>>, many: bool },
+    /// Several steps; requests behind it wait.
+    Later(Later),
+    /// The same, and it waits for something that may never come: it ends when the client goes away or is unblocked.
+    Waiting(Later),
+}
+
+/// How an outcome becomes a reply.
+pub enum Shape {
+    /// The id of one new job; with the flag a job that holds the key is an error.
+    Placed { shard: Arc<str>, nx: bool },
+    Count,
+    Render { render: Render, queue: Name, shard: Arc<str> },
+}
+
+impl Shape {
+    fn reply(&self, outcome: Outcome) -> Result<Reply> {
+        match (self, outcome) {
+            (_, Outcome::LeaseLost) => Err(lease_lost()),
+            (_, Outcome::NoSuchJob) => Err(no_such_job()),
+            (Shape::Placed { shard, nx }, Outcome::Enqueued(placed)) => {
+                placed.into_iter().next().map_or(Ok(Reply::Null), |placed| placed_id(placed, shard, *nx))
+            }
+            (Shape::Count, Outcome::Count(count)) => Ok(Reply::count(count)),
+            (Shape::Render { render, queue, shard }, outcome) => Ok(render(outcome, queue, shard)),
+            (_, other) => Err(unexpected(&other)),
+        }
+    }
+}
+
+fn lease_lost() -> Error {
+    Error::new(Code::LeaseLost, "the receipt no longer holds the job")
+}
+
+fn no_such_job() -> Error {
+    Error::new(Code::NoSuchJob, "no job is known by this receipt")
+}
+
+fn unexpected(outcome: &Outcome) -> Error {
+    tracing::error!(?outcome, "a shard answered with an outcome of another operation");
+    Error { code: Code::Err, text: "the shard gave an unexpected answer".into(), happened: Happened::Maybe }
+}
+
+fn lane_gone() -> Error {
+    Error { code: Code::ShardDown, text: "the shard is shutting down; the write may have happened".into(), happened: Happened::Maybe }
+}
+
+/// The text of the id that an enqueue answers with.
+fn placed_id(placed: Placed, shard: &str, nx: bool) -> Result<Reply> {
+    let (seq, chosen, held) = match placed {
+        Placed::Added(seq) => (seq, None, false),
+        Placed::Held { seq, chosen } => (seq, chosen, true),
+    };
+    let id = chosen.unwrap_or_else(|| {
+        let mut id = BytesMut::with_capacity(16 + shard.len());
+        format_id(&mut id, seq, shard);
+        id.freeze()
+    });
+    if held && nx {
+        return Err(Error::new(Code::Duplicate, format!("the job {} holds this key", String::from_utf8_lossy(&id))));
+    }
+    Ok(Reply::Bulk(id))
+}
+
+impl Answer {
+    pub fn reply(reply: Reply) -> Answer {
+        Answer::Done(Done::Reply(reply))
+    }
+
+    /// Whether requests behind this one must wait until it is resolved.
+    pub fn holds_back(&self) -> bool {
+        matches!(self, Answer::Later(_) | Answer::Waiting(_))
+    }
+
+    pub fn poll(&mut self, context: &mut TaskContext<'_>) -> Poll<Done> {
+        match self {
+            Answer::Done(done) => Poll::Ready(std::mem::replace(done, Done::Reply(Reply::Nothing))),
+            Answer::Outcome { outcome, shape } => {
+                let outcome = ready!(Pin::new(outcome).poll(context)).unwrap_or_else(|_| Err(lane_gone()));
+                Poll::Ready(outcome.and_then(|outcome| shape.reply(outcome)).into())
+            }
+            Answer::Lease { leased, many } => {
+                let leased = ready!(Pin::new(leased).poll(context)).unwrap_or_else(|_| Err(lane_gone()));
+                Poll::Ready(deliver(leased, *many))
+            }
+            Answer::Later(later) | Answer::Waiting(later) => later.as_mut().poll(context),
+        }
+    }
+}
+
+fn deliver(leased: Result<Leased>, many: bool) -> Done {
+    match leased {
+        Err(error) => Done::Reply(error.into()),
+        Ok(leased) if leased.deliveries.is_empty() && many => Done::Reply(Reply::NullArray),
+        Ok(leased) if leased.deliveries.is_empty() => Done::Reply(Reply::Null),
+        Ok(leased) if many => Done::Deliveries(vec![leased]),
+        Ok(leased) => Done::Delivery(leased),
+    }
+}
+
+/// Starts what a plan wants done. `Plan::Connection` and `Plan::Ask` are the session's and the process's own.
+pub fn execute(plan: Plan, dispatcher: &Arc<Dispatcher>, asker: Asker) -> Answer {
+    let started = match plan {
+        Plan::Now(reply) => Ok(Answer::reply(reply)),
+        Plan::Enqueue(enqueue) => start_enqueue(enqueue, dispatcher, asker),
+        Plan::Dequeue(dequeue) => start_dequeue(dequeue, dispatcher, asker),
+        Plan::Ack { queue, leases, result } => start_ack(queue, leases, result, dispatcher, asker),
+        Plan::Op { route, op, render } => start_op(route, op, render, dispatcher, asker),
+        Plan::Jobs { queue, jobs, action } => Ok(start_jobs(queue, jobs, action, dispatcher, asker)),
+        Plan::Each { op, merge } => Ok(start_each(op, merge, dispatcher.map(), asker)),
+        Plan::Drain { op } => Ok(Answer::Later(Box::pin(drain(op, dispatcher.map(), asker)))),
+        Plan::Connection(_) | Plan::Ask(_) => Err(Error::bad("this command is not for here")),
+    };
+    started.unwrap_or_else(|error| Answer::reply(error.into()))
+}
+
+/// Submits one op, or where the lane is full waits for room first.
+fn submit(lane: &Arc<Lane>, op: Op, shape: Shape, asker: Asker) -> Answer {
+    if lane.has_room() {
+        return Answer::Outcome { outcome: lane.submit(op, asker.session), shape };
+    }
+    let lane = lane.clone();
+    Answer::Later(Box::pin(async move { ask(&lane, op, asker).await.and_then(|outcome| shape.reply(outcome)).into() }))
+}
+
+/// One op and its outcome, with back-pressure.
+async fn ask(lane: &Lane, op: Op, asker: Asker) -> Result<Outcome> {
+    lane.room().await?;
+    lane.submit(op, asker.session).await.unwrap_or_else(|_| Err(lane_gone()))
+}
+
+fn start_enqueue(enqueue: Enqueue, dispatcher: &Arc<Dispatcher>, asker: Asker) -> Result<Answer> {
+    let Enqueue { queue, policy, payloads, start, shard, nx, many } = enqueue;
+    let lane = match (&shard, &policy.id, &policy.unique) {
+        (Some(name), _, _) => dispatcher.lane(name)?,
+        (None, Some(key), _) | (None, None, Some((key, _))) => dispatcher.map().home(key).clone(),
+        (None, None, None) if many => {
+            let chunks = spread(&queue, payloads, dispatcher)?;
+            let submitted = chunks.into_iter().map(|(lane, payloads)| {
+                let count = payloads.len();
+                let action = Action::Enqueue { policy: policy.clone(), payloads, start };
+                (lane, Op { queue: queue.clone(), action }, count)
+            });
+            return Ok(start_enqueue_many(submitted.collect(), asker));
+        }
+        (None, None, None) => dispatcher.place(&queue)?,
+    };
+    let count = payloads.len();
+    let op = Op { queue, action: Action::Enqueue { policy, payloads, start } };
+    if many {
+        return Ok(start_enqueue_many(vec![(lane, op, count)], asker));
+    }
+    let shape = Shape::Placed { shard: lane.name().clone(), nx };
+    Ok(submit(&lane, op, shape, asker))
+}
+
+/// Divides the jobs of one request: as many neighbours to each shard as the strategy gives it of so many.
+fn spread(queue: &Name, payloads: Vec<Bytes>, dispatcher: &Dispatcher) -> Result<Vec<(Arc<Lane>, Vec<Bytes>)>> {
+    let mut shares: Vec<(Arc<Lane>, usize)> = Vec::new();
+    for _ in 0..payloads.len() {
+        let lane = dispatcher.place(queue)?;
+        match shares.iter_mut().find(|(known, _)| known.index() == lane.index()) {
+            Some((_, share)) => *share += 1,
+            None => shares.push((lane, 1)),
+        }
+    }
+    let mut payloads = payloads.into_iter();
+    Ok(shares.into_iter().map(|(lane, share)| (lane, payloads.by_ref().take(share).collect())).collect())
+}
+
+/// All parts at once; the reply holds the ids in the order of the payloads, and an error in the place of each job of a
+/// part that failed. Where all parts failed the reply is the error.
+fn start_enqueue_many(parts: Vec<(Arc<Lane>, Op, usize)>, asker: Asker) -> Answer {
+    let roomy = parts.iter().all(|(lane, _, _)| lane.has_room());
+    let early: Vec<_> = match roomy {
+        true => parts.iter().map(|(lane, op, _)| Some(lane.submit(op.clone(), asker.session))).collect(),
+        false => parts.iter().map(|_| None).collect(),
+    };
+    Answer::Later(Box::pin(async move {
+        let mut replies = Vec::new();
+        let (mut added, mut failure) = (false, None);
+        for ((lane, op, count), early) in parts.into_iter().zip(early) {
+            let outcome = match early {
+                Some(outcome) => outcome.await.unwrap_or_else(|_| Err(lane_gone())),
+                None => ask(&lane, op, asker).await,
+            };
+            match outcome {
+                Ok(Outcome::Enqueued(placed)) => {
+                    added = true;
+                    let ids = placed.into_iter().map(|placed| placed_id(placed, lane.name(), false));
+                    replies.extend(ids.map(|id| id.unwrap_or_else(Reply::Error)));
+                }
+                outcome => {
+                    let error = outcome.map_or_else(|error| error, |other| unexpected(&other));
+                    replies.extend((0..count).map(|_| Reply::Error(error.clone())));
+                    failure = Some(error);
+                }
+            }
+        }
+        Done::Reply(match failure {
+            Some(error) if !added => error.into(),
+            _ => Reply::Array(replies),
+        })
+    }))
+}
+
+/// The lanes that a DEQUEUE may take from.
+fn lanes_of(dequeue: &Dequeue, map: &ShardMap) -> Result<Vec<Arc<Lane>>> {
+    if dequeue.shards.is_empty() {
+        return Ok(map.lanes.clone());
+    }
+    let named = dequeue.shards.iter().map(|name| {
+        map.lane(name).cloned().ok_or_else(|| Error::bad(format!("no shard is named '{name}' here")))
+    });
+    named.collect()
+}
+
+fn start_dequeue(dequeue: Dequeue, dispatcher: &Arc<Dispatcher>, asker: Asker) -> Result<Answer> {
+    let mut lanes = lanes_of(&dequeue, &dispatcher.map())?;
+    let many = dequeue.count.is_some();
+    if lanes.len() == 1 && dequeue.queues.len() == 1 && dequeue.block_ms.is_none() && lanes[0].has_room() {
+        let op = lease_op(&dequeue.queues[0], &dequeue, dequeue.count.unwrap_or(1));
+        return Ok(Answer::Lease { leased: lanes[0].submit_lease(op, asker.session), many });
+    }
+    // Shards are tried from another one each time, so that none is the last for ever.
+    let first = rand::random_range(0..lanes.len());
+    lanes.rotate_left(first);
+    let waits = dequeue.block_ms.is_some();
+    let later: Later = Box::pin(take(dequeue, lanes, asker));
+    Ok(if waits { Answer::Waiting(later) } else { Answer::Later(later) })
+}
+
+fn lease_op(queue: &Name, dequeue: &Dequeue, count: usize) -> Op {
+    let action =
+        Action::Lease { tokens: new_tokens(count), lease_ms: dequeue.lease_ms, worker: dequeue.worker.clone() };
+    Op { queue: queue.clone(), action }
+}
+
+/// A DEQUEUE over several queues or shards, or one that waits.
+async fn take(dequeue: Dequeue, lanes: Vec<Arc<Lane>>, asker: Asker) -> Done {
+    let many = dequeue.count.is_some();
+    let waits = dequeue.block_ms.is_some();
+    // One queue and a wait: the lanes' tickets ask every shard anyway. Several queues have an order to keep.
+    if !waits || dequeue.queues.len() > 1 {
+        match take_now(&dequeue, &lanes, asker).await {
+            Ok(None) => {}
+            Ok(Some(groups)) => return deliver_groups(groups, many),
+            // Who waits may yet be served by a shard that answers.
+            Err(error) if !waits => return Done::Reply(error.into()),
+            Err(_) => {}
+        }
+    }
+    let nothing = || Done::Reply(if many { Reply::NullArray } else { Reply::Null });
+    let Some(block_ms) = dequeue.block_ms else { return nothing() };
+    let block_ms = if block_ms == 0 { asker.block_ms_max } else { block_ms.min(asker.block_ms_max) };
+    let count = dequeue.count.unwrap_or(1);
+    let mut waiter = Ticket::park(dequeue.queues, lanes, count, dequeue.lease_ms, dequeue.worker);
+    match tokio::time::timeout(Duration::from_millis(block_ms), waiter.jobs()).await {
+        Ok(Some(leased)) => deliver_groups(vec![leased], many),
+        Ok(None) => Done::Reply(lane_gone().into()),
+        Err(_) => nothing(),
+    }
+}
+
+fn deliver_groups(mut groups: Vec<Leased>, many: bool) -> Done {
+    match many {
+        true => Done::Deliveries(groups),
+        false => groups.pop().map_or(Done::Reply(Reply::Null), Done::Delivery),
+    }
+}
+
+/// Asks shard after shard, queue after queue, until there is something. An error counts only when nothing was found.
+async fn take_now(dequeue: &Dequeue, lanes: &[Arc<Lane>], asker: Asker) -> Result<Option<Vec<Leased>>> {
+    let wanted = dequeue.count.unwrap_or(1);
+    let mut found: Vec<Leased> = Vec::new();
+    let mut failure = None;
+    for queue in &dequeue.queues {
+        for lane in lanes {
+            let have: usize = found.iter().map(|leased| leased.deliveries.len()).sum();
+            if have >= wanted {
+                return Ok(Some(found));
+            }
+            let leased = match lane.room().await {
+                Ok(()) => lane.submit_lease(lease_op(queue, dequeue, wanted - have), asker.session).await,
+                Err(error) => Ok(Err(error)),
+            };
+            match leased.unwrap_or_else(|_| Err(lane_gone())) {
+                Ok(leased) if leased.deliveries.is_empty() => {}
+                Ok(leased) => found.push(leased),
+                Err(error) => failure = Some(error),
+            }
+        }
+        if !found.is_empty() {
+            return Ok(Some(found));
+        }
+    }
+    failure.map_or(Ok(None), Err)
+}
+
+fn start_ack(
+    queue: Name,
+    leases: Vec<(Box<str>, Lease)>,
+    result: Bytes,
+    dispatcher: &Arc<Dispatcher>,
+    asker: Asker,
+) -> Result<Answer> {
+    let map = dispatcher.map();
+    let mut groups: Vec<(Arc<Lane>, Vec<Lease>)> = Vec::new();
+    for (shard, lease) in leases {
+        match groups.iter_mut().find(|(lane, _)| **lane.name() == *shard) {
+            Some((_, leases)) => leases.push(lease),
+            None => match map.lane(&shard) {
+                Some(lane) => groups.push((lane.clone(), vec![lease])),
+                None => return Err(Error::bad(format!("no shard is named '{shard}' here"))),
+            },
+        }
+    }
+    let mut ops = groups.into_iter().map(|(lane, leases)| {
+        let action = Action::Ack { leases, result: result.clone() };
+        (lane, Op { queue: queue.clone(), action })
+    });
+    match (ops.next(), ops.next()) {
+        (Some((lane, op)), None) => Ok(submit(&lane, op, Shape::Count, asker)),
+        (first, second) => Ok(sum(first.into_iter().chain(second).chain(ops).collect(), asker)),
+    }
+}
+
+fn start_op(route: Route, op: Op, render: Render, dispatcher: &Arc<Dispatcher>, asker: Asker) -> Result<Answer> {
+    let lane = lane_of(&route, dispatcher)?;
+    let shape = Shape::Render { render, queue: op.queue.clone(), shard: lane.name().clone() };
+    Ok(submit(&lane, op, shape, asker))
+}
+
+fn lane_of(route: &Route, dispatcher: &Dispatcher) -> Result<Arc<Lane>> {
+    match route {
+        Route::Shard(name) => dispatcher.lane(name),
+        Route::Key(key) => Ok(dispatcher.map().home(key).clone()),
+    }
+}
+
+fn start_jobs(
+    queue: Name,
+    jobs: Vec<JobAddress>,
+    action: fn(Vec<JobRef>) -> Action,
+    dispatcher: &Arc<Dispatcher>,
+    asker: Asker,
+) -> Answer {
+    let mut groups: Vec<(Arc<Lane>, Vec<JobRef>)> = Vec::new();
+    for address in jobs {
+        match lane_of(&address.route, dispatcher) {
+            Ok(lane) => match groups.iter_mut().find(|(known, _)| known.index() == lane.index()) {
+                Some((_, jobs)) => jobs.push(address.job),
+                None => groups.push((lane, vec![address.job])),
+            },
+            Err(error) => return Answer::reply(error.into()),
+        }
+    }
+    let ops = groups.into_iter().map(|(lane, jobs)| (lane, Op { queue: queue.clone(), action: action(jobs) }));
+    sum(ops.collect(), asker)
+}
+
+/// One op for each lane, submitted at once where there is room, in order otherwise.
+fn scatter(ops: Vec<(Arc<Lane>, Op)>, asker: Asker) -> impl Future<Output = Vec<(Arc<str>, Result<Outcome>)>> {
+    let roomy = ops.iter().all(|(lane, _)| lane.has_room());
+    let started: Vec<_> = ops
+        .into_iter()
+        .map(|(lane, op)| match roomy {
+            true => (lane.clone(), Ok(lane.submit(op, asker.session))),
+            false => (lane, Err(op)),
+        })
+        .collect();
+    async move {
+        let mut outcomes = Vec::with_capacity(started.len());
+        for (lane, started) in started {
+            let outcome = match started {
+                Ok(outcome) => outcome.await.unwrap_or_else(|_| Err(lane_gone())),
+                Err(op) => ask(&lane, op, asker).await,
+            };
+            outcomes.push((lane.name().clone(), outcome));
+        }
+        outcomes
+    }
+}
+
+/// The counts of all ops together. Where one fails the others stand, and the error says how many were counted.
+fn sum(ops: Vec<(Arc<Lane>, Op)>, asker: Asker) -> Answer {
+    let outcomes = scatter(ops, asker);
+    Answer::Later(Box::pin(async move {
+        let (mut total, mut failure) = (0, None);
+        for (_, outcome) in outcomes.await {
+            match outcome {
+                Ok(Outcome::Count(count)) => total += count,
+                Ok(other) => failure = Some(unexpected(&other)),
+                Err(error) => failure = Some(error),
+            }
+        }
+        Done::Reply(failure.map_or(Reply::count(total), |error| partly(error, total).into()))
+    }))
+}
+
+fn partly(mut error: Error, total: u64) -> Error {
+    if total > 0 {
+        error.text = format!("{} ({total} were done on other shards)", error.text).into();
+    }
+    error
+}
+
+fn start_each(op: Op, merge: Merge, map: Arc<ShardMap>, asker: Asker) -> Answer {
+    let outcomes = scatter(map.lanes.iter().map(|lane| (lane.clone(), op.clone())).collect(), asker);
+    Answer::Later(Box::pin(async move {
+        let mut good = Vec::new();
+        for (shard, outcome) in outcomes.await {
+            match outcome {
+                Ok(outcome) => good.push((shard, outcome)),
+                Err(error) => return Done::Reply(error.into()),
+            }
+        }
+        Done::Reply(merge(good))
+    }))
+}
+
+/// Bulk work in bounded steps, so that it holds up nobody's batch for long.
+async fn drain(op: Op, map: Arc<ShardMap>, asker: Asker) -> Done {
+    let mut total = 0;
+    for lane in &map.lanes {
+        let mut op = op.clone();
+        loop {
+            match ask(lane, op.clone(), asker).await {
+                Ok(Outcome::Moved { count, next }) => {
+                    total += count;
+                    let Some(next) = next else { break };
+                    if let Action::DeadRetryAll { until } = &mut op.action {
+                        *until = Some(next);
+                    }
+                }
+                Ok(other) => return Done::Reply(unexpected(&other).into()),
+                Err(error) => return Done::Reply(partly(error, total).into()),
+            }
+        }
+    }
+    Done::Reply(Reply::count(total))
+}

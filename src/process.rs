@@ -1,0 +1,281 @@
+//! What all sessions of the process share, and the answers that the process gives about itself.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use crate::clients::Clients;
+use crate::clock;
+use crate::command::{Ask, Limits};
+use crate::dispatch::Dispatcher;
+use crate::error::{Code, Error, Result};
+use crate::execute::{Answer, Done};
+use crate::resp::reply::{Protocol, Reply};
+use crate::resp::request::Bounds;
+
+/// The version of Redis whose commands and replies clients may expect here.
+pub const REDIS_VERSION: &str = "7.2.0";
+
+/// Who may connect.
+#[derive(Clone, Debug, Default)]
+pub struct Auth {
+    /// User names and passwords; empty: everybody may.
+    pub users: Vec<(String, String)>,
+}
+
+impl Auth {
+    pub fn is_needed(&self) -> bool {
+        !self.users.is_empty()
+    }
+
+    pub fn check(&self, user: &[u8], password: &[u8]) -> Result<()> {
+        if !self.is_needed() {
+            return match user {
+                b"default" => Err(Error::bad(
+                    "AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?",
+                )),
+                _ => Err(wrong_pass()),
+            };
+        }
+        // Every entry is compared in full, so that the time taken says nothing about which part was wrong.
+        let found = self.users.iter().fold(false, |found, (name, secret)| {
+            found | (same(name.as_bytes(), user) & same(secret.as_bytes(), password))
+        });
+        if found { Ok(()) } else { Err(wrong_pass()) }
+    }
+}
+
+fn wrong_pass() -> Error {
+    Error::new(Code::WrongPass, "invalid username-password pair or user is disabled.")
+}
+
+/// Compares in a time that depends on the lengths alone.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    let differences = a.iter().zip(b).fold(0u8, |all, (a, b)| all | (a ^ b));
+    std::hint::black_box(differences) == 0 && a.len() == b.len()
+}
+
+/// The shared part of all sessions.
+pub struct Process {
+    pub dispatcher: Arc<Dispatcher>,
+    pub limits: Arc<Limits>,
+    pub bounds: Bounds,
+    pub auth: Auth,
+    pub clients: Clients,
+    pub started_at: Instant,
+    pub listen_port: u16,
+    /// What `CONFIG GET` shows: names and values of the settings.
+    pub settings: Vec<(String, String)>,
+    pub bytes_in: AtomicU64,
+    pub bytes_out: AtomicU64,
+}
+
+impl Process {
+    pub fn hello(&self, protocol: Protocol, client_id: u64) -> Reply {
+        let version = if protocol == Protocol::Resp3 { 3 } else { 2 };
+        Reply::Map(vec![
+            (Reply::text("server"), Reply::text("redis")),
+            (Reply::text("version"), Reply::text(REDIS_VERSION)),
+            (Reply::text("proto"), Reply::Integer(version)),
+            (Reply::text("id"), Reply::count(client_id)),
+            (Reply::text("mode"), Reply::text("standalone")),
+            (Reply::text("role"), Reply::text("master")),
+            (Reply::text("modules"), Reply::Array(Vec::new())),
+        ])
+    }
+
+    /// Answers a question to the process.
+    pub fn answer(self: &Arc<Self>, ask: Ask) -> Answer {
+        match ask {
+            Ask::Queues => {
+                let process = self.clone();
+                Answer::Later(Box::pin(async move { process.queues().await.into() }))
+            }
+            Ask::Shards => Answer::reply(self.shards()),
+            Ask::Drain { shard, draining } => Answer::Done(self.drain(&shard, draining).into()),
+            Ask::Info { sections } => Answer::reply(Reply::bulk(self.info(&sections))),
+            Ask::Config { patterns } => Answer::reply(self.config(&patterns)),
+            Ask::Time => {
+                let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+                let part = |number: u64| Reply::bulk(number.to_string());
+                Answer::reply(Reply::Array(vec![part(now.as_secs()), part(u64::from(now.subsec_micros()))]))
+            }
+        }
+    }
+
+    /// The queues of all shards that answer; an error only when none does.
+    async fn queues(&self) -> Result<Reply> {
+        let (mut names, mut failure, mut answered) = (std::collections::BTreeSet::new(), None, false);
+        for lane in &self.dispatcher.map().lanes {
+            match lane.shard().queues().await {
+                Ok(queues) => {
+                    answered = true;
+                    names.extend(queues);
+                }
+                Err(error) => failure = Some(error),
+            }
+        }
+        match failure {
+            Some(error) if !answered => Err(error),
+            _ => Ok(Reply::Array(names.iter().map(|name| Reply::bulk(name.as_str())).collect())),
+        }
+    }
+
+    fn shards(&self) -> Reply {
+        let map = self.dispatcher.map();
+        let shards = map.lanes.iter().map(|lane| {
+            let state = match (lane.is_down(), lane.is_draining()) {
+                (true, _) => "down",
+                (false, true) => "draining",
+                (false, false) => "up",
+            };
+            let vitals = &lane.vitals;
+            let last_error = lane.last_error().map_or(Reply::Null, |error| Reply::bulk(error.to_string()));
+            let fields = vec![
+                (Reply::text("name"), Reply::bulk(&**lane.name())),
+                (Reply::text("state"), Reply::text(state)),
+                (Reply::text("weight"), Reply::Integer(i64::from(map.weight(lane.index())))),
+                (Reply::text("depth"), Reply::count(lane.depth())),
+                (Reply::text("latency_us"), Reply::count(vitals.latency_us.load(Ordering::Relaxed))),
+                (Reply::text("batches"), Reply::count(vitals.batches.load(Ordering::Relaxed))),
+                (Reply::text("ops"), Reply::count(vitals.ops.load(Ordering::Relaxed))),
+                (Reply::text("errors"), Reply::count(vitals.errors.load(Ordering::Relaxed))),
+                (Reply::text("last_error"), last_error),
+                (Reply::text("map_version"), Reply::count(map.version)),
+            ];
+            (Reply::bulk(&**lane.name()), Reply::Map(fields))
+        });
+        Reply::Map(shards.collect())
+    }
+
+    fn drain(&self, shard: &str, draining: bool) -> Result<Reply> {
+        let lane = self.dispatcher.lane(shard)?;
+        let others = self.dispatcher.map().lanes.iter().any(|other| other.index() != lane.index() && !other.is_draining());
+        if draining && !others {
+            return Err(Error::new(Code::Err, "this is the last shard that takes new jobs; undrain or add another first"));
+        }
+        lane.set_draining(draining);
+        Ok(Reply::OK)
+    }
+
+    fn config(&self, patterns: &[bytes::Bytes]) -> Reply {
+        let fixed = [
+            ("timeout", "0"),
+            ("databases", "1"),
+            ("maxmemory", "0"),
+            ("maxmemory-policy", "noeviction"),
+            ("save", ""),
+            ("appendonly", "yes"),
+            ("replica-read-only", "yes"),
+            ("slave-read-only", "yes"),
+        ];
+        let limit = self.bounds.bulk_bytes_max.to_string();
+        let known = fixed
+            .iter()
+            .copied()
+            .chain([("proto-max-bulk-len", limit.as_str())])
+            .chain(self.settings.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+        let matching = known.filter(|(name, _)| patterns.iter().any(|pattern| glob(pattern, name.as_bytes())));
+        Reply::Map(matching.map(|(name, value)| (Reply::bulk(name), Reply::bulk(value))).collect())
+    }
+
+    /// `INFO` in Redis's form: what stock clients look for, and a section of our own.
+    fn info(&self, sections: &[String]) -> String {
+        let wants = |name: &str| {
+            sections.is_empty() || sections.iter().any(|section| matches!(section.as_str(), "all" | "everything" | "default") || section == name)
+        };
+        let mut text = String::new();
+        let mut section = |name: &str, lines: &[(&str, String)]| {
+            if !wants(&name.to_ascii_lowercase()) {
+                return;
+            }
+            let _ = write!(text, "{}# {name}\r\n", if text.is_empty() { "" } else { "\r\n" });
+            for (field, value) in lines {
+                let _ = write!(text, "{field}:{value}\r\n");
+            }
+        };
+        let uptime = self.started_at.elapsed().as_secs();
+        section("Server", &[
+            ("redis_version", REDIS_VERSION.into()),
+            ("redis_mode", "standalone".into()),
+            ("os", std::env::consts::OS.into()),
+            ("arch_bits", usize::BITS.to_string()),
+            ("process_id", std::process::id().to_string()),
+            ("tcp_port", self.listen_port.to_string()),
+            ("server_time_usec", (clock::now() * 1000).to_string()),
+            ("uptime_in_seconds", uptime.to_string()),
+            ("uptime_in_days", (uptime / 86_400).to_string()),
+        ]);
+        section("Clients", &[
+            ("connected_clients", self.clients.count().to_string()),
+            ("blocked_clients", self.clients.blocked().to_string()),
+        ]);
+        section("Persistence", &[("loading", "0".into()), ("async_loading", "0".into())]);
+        section("Stats", &[
+            ("total_connections_received", self.clients.accepted.load(Ordering::Relaxed).to_string()),
+            ("total_net_input_bytes", self.bytes_in.load(Ordering::Relaxed).to_string()),
+            ("total_net_output_bytes", self.bytes_out.load(Ordering::Relaxed).to_string()),
+        ]);
+        section("Replication", &[("role", "master".into()), ("connected_slaves", "0".into())]);
+        section("Cluster", &[("cluster_enabled", "0".into())]);
+        let map = self.dispatcher.map();
+        section("GoFlow", &[
+            ("goflow_version", env!("CARGO_PKG_VERSION").into()),
+            ("strategy", self.dispatcher.strategy().word().into()),
+            ("map_version", map.version.to_string()),
+            ("shards", map.lanes.len().to_string()),
+            ("shards_down", map.lanes.iter().filter(|lane| lane.is_down()).count().to_string()),
+        ]);
+        section("Keyspace", &[]);
+        text
+    }
+}
+
+/// Redis's glob: `*`, `?` and `\` alone matter for the names of settings; case does not.
+fn glob(pattern: &[u8], text: &[u8]) -> bool {
+    let (mut p, mut t, mut star) = (0, 0, None);
+    while t < text.len() {
+        match pattern.get(p) {
+            Some(b'*') => {
+                star = Some((p, t));
+                p += 1;
+            }
+            Some(b'?') => (p, t) = (p + 1, t + 1),
+            Some(byte) if byte.eq_ignore_ascii_case(&text[t]) => (p, t) = (p + 1, t + 1),
+            _ => match star {
+                // Let the last star take one byte more.
+                Some((at, taken)) => {
+                    star = Some((at, taken + 1));
+                    (p, t) = (at + 1, taken + 1);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[p..].iter().all(|byte| *byte == b'*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_settings_match_as_in_redis() {
+        for (pattern, text, matches) in
+            [("*", "", true), ("max*", "maxmemory", true), ("*policy", "maxmemory-policy", true), ("save", "SAVE", true), ("s?ve", "sve", false), ("a*b*c", "aXbXbc", true), ("", "a", false)]
+        {
+            assert_eq!(glob(pattern.as_bytes(), text.as_bytes()), matches, "{pattern} on {text}");
+        }
+    }
+
+    #[test]
+    fn only_the_right_user_and_password_pass() {
+        let auth = Auth { users: vec![("default".into(), "secret".into()), ("bob".into(), "b".into())] };
+        assert!(auth.check(b"default", b"secret").is_ok() && auth.check(b"bob", b"b").is_ok());
+        for (user, password) in [(&b"bob"[..], &b"secret"[..]), (b"default", b"secre"), (b"", b""), (b"default", b"secrets")] {
+            assert_eq!(auth.check(user, password).unwrap_err().code, Code::WrongPass);
+        }
+        assert!(Auth::default().check(b"default", b"x").is_err());
+    }
+}

@@ -1,0 +1,380 @@
+//! One client: bytes in, replies out in the order of the requests.
+//!
+//! The session parses what was read, plans each request and starts it; answers stand in a line and the one at its head
+//! is written when it is resolved. Several requests of one connection are in flight together, but for an answer that
+//! takes several steps or waits: what is behind it is not started before it is done.
+//!
+//! Promises: exactly one reply per request, in order; a client that hangs up while it waits is noticed then; jobs that
+//! were taken for a client and not written to its socket go back uncounted; neither input, answers in flight nor output
+//! grow beyond their bounds: at a bound the session stops reading.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context as TaskContext, Poll};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+
+use crate::clients::{Peer, Unblock};
+use crate::command::{self, Connection, Context, Plan, ReplyMode};
+use crate::dispatch::lane::Hold;
+use crate::error::{Code, Error};
+use crate::execute::{Answer, Asker, Done, execute};
+use crate::process::Process;
+use crate::resp::reply::{Protocol, Reply};
+use crate::resp::request::{Bounds, Parsed, Parser};
+
+/// Most requests of one connection in flight.
+const PIPELINE_MAX: usize = 1_024;
+/// While this much output is unsent, no further request is started.
+const OUTPUT_PAUSE: usize = 256 << 10;
+/// While a client waits, so much of what it sends behind is read, to notice when it hangs up.
+const READ_AHEAD: usize = 64 << 10;
+/// Room for one read: at first, and at most.
+const READ_MIN: usize = 4 << 10;
+const READ_MAX: usize = 64 << 10;
+
+/// Serves one connection until it ends.
+pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(socket: S, peer: Arc<Peer>, process: Arc<Process>) {
+    let mut session = Session::new(socket, peer.clone(), process.clone());
+    if let Err(error) = std::future::poll_fn(|context| session.poll(context)).await {
+        tracing::debug!(client = peer.id, %error, "connection ended");
+    }
+    process.clients.forget(peer.id);
+}
+
+/// A request on its way, with the protocol it was sent under.
+struct Pending {
+    answer: Answer,
+    protocol: Protocol,
+    mute: bool,
+}
+
+struct Session<S> {
+    socket: S,
+    peer: Arc<Peer>,
+    process: Arc<Process>,
+    asker: Asker,
+    context: Context,
+    authenticated: bool,
+    parser: Parser,
+    words: Vec<Bytes>,
+    input: BytesMut,
+    read_size: usize,
+    input_ended: bool,
+    /// No further request is parsed; the connection closes when its answers are out.
+    closing: bool,
+    pending: VecDeque<Pending>,
+    output: BytesMut,
+    /// Bytes ever written to the socket, and what is settled once so many are out.
+    written: u64,
+    holds: VecDeque<(u64, Vec<Hold>)>,
+    reply_mode: ReplyMode,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
+    fn new(socket: S, peer: Arc<Peer>, process: Arc<Process>) -> Session<S> {
+        let authenticated = !process.auth.is_needed();
+        let bounds = if authenticated { process.bounds } else { Bounds::before_auth() };
+        Session {
+            socket,
+            asker: Asker { session: peer.id, block_ms_max: process.limits.block_ms_max },
+            context: Context { protocol: Protocol::Resp2, client_id: peer.id, limits: process.limits.clone() },
+            peer,
+            process,
+            authenticated,
+            parser: Parser::new(bounds),
+            words: Vec::new(),
+            input: BytesMut::new(),
+            read_size: READ_MIN,
+            input_ended: false,
+            closing: false,
+            pending: VecDeque::new(),
+            output: BytesMut::new(),
+            written: 0,
+            holds: VecDeque::new(),
+            reply_mode: ReplyMode::On,
+        }
+    }
+
+    /// Does what can be done now; ready when the connection has ended.
+    fn poll(&mut self, context: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        self.peer.waker.register(context.waker());
+        loop {
+            if self.peer.is_killed() {
+                return Poll::Ready(Ok(()));
+            }
+            self.resolve(context);
+            self.start_requests();
+            // A request that was answered at once is written in the same round.
+            self.resolve(context);
+            if let Poll::Ready(Err(error)) = self.flush(context) {
+                return Poll::Ready(Err(error));
+            }
+            if (self.closing || self.input_ended) && self.pending.is_empty() && self.output.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            if self.input_ended && matches!(self.pending.front(), Some(Pending { answer: Answer::Waiting(_), .. })) {
+                return Poll::Ready(Ok(()));
+            }
+            match self.read(context) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    }
+
+    /// Writes the answers at the head of the line that are there.
+    fn resolve(&mut self, context: &mut TaskContext<'_>) {
+        while self.output.len() < OUTPUT_PAUSE
+            && let Some(pending) = self.pending.front_mut()
+        {
+            let waits = matches!(pending.answer, Answer::Waiting(_));
+            if waits && let Some(how) = self.peer.take_unblock() {
+                pending.answer = Answer::reply(match how {
+                    Unblock::Timeout => Reply::NullArray,
+                    Unblock::Error => Reply::RawError("UNBLOCKED client unblocked via CLIENT UNBLOCK".into()),
+                });
+            }
+            let Poll::Ready(done) = pending.answer.poll(context) else {
+                self.peer.blocked.store(waits, Ordering::Relaxed);
+                return;
+            };
+            if waits {
+                self.peer.blocked.store(false, Ordering::Relaxed);
+            }
+            let (protocol, mute) = (pending.protocol, pending.mute);
+            self.pending.pop_front();
+            self.write(done, protocol, mute);
+        }
+    }
+
+    fn write(&mut self, done: Done, protocol: Protocol, mute: bool) {
+        if mute {
+            // The client asked not to hear the answer, so jobs in it would be lost to it: dropped, they go back.
+            return;
+        }
+        let holds = done.write(protocol, &mut self.output);
+        if !holds.is_empty() {
+            self.holds.push_back((self.written + self.output.len() as u64, holds));
+        }
+    }
+
+    /// Parses and starts what was read, as far as the bounds and a waiting answer allow.
+    fn start_requests(&mut self) {
+        while !self.closing
+            && self.pending.len() < PIPELINE_MAX
+            && self.output.len() < OUTPUT_PAUSE
+            && !self.pending.back().is_some_and(|pending| pending.answer.holds_back())
+        {
+            let mut words = std::mem::take(&mut self.words);
+            words.clear();
+            match self.parser.next(&mut self.input, &mut words) {
+                Ok(Parsed::Request) => self.start(&words),
+                Ok(Parsed::Incomplete) => {
+                    self.words = words;
+                    return;
+                }
+                Err(error) => {
+                    self.push(Answer::reply(Reply::RawError(error.to_string().into())));
+                    self.closing = true;
+                }
+            }
+            self.words = words;
+        }
+    }
+
+    fn push(&mut self, answer: Answer) {
+        let mute = match self.reply_mode {
+            ReplyMode::On => false,
+            ReplyMode::Off => true,
+            ReplyMode::Skip => {
+                self.reply_mode = ReplyMode::On;
+                true
+            }
+        };
+        self.pending.push_back(Pending { answer, protocol: self.context.protocol, mute });
+    }
+
+    fn start(&mut self, words: &[Bytes]) {
+        let answer = match command::find(words) {
+            Err(error) if self.authenticated => Answer::reply(error.into()),
+            Err(_) => Answer::reply(no_auth()),
+            Ok(spec) => {
+                self.peer.note_command(spec.name);
+                match self.authenticated || spec.is_allowed_before_auth() {
+                    false => Answer::reply(no_auth()),
+                    true => match spec.plan(words, &self.context) {
+                        Err(error) => Answer::reply(error.into()),
+                        Ok(Plan::Connection(change)) => return self.change(change),
+                        Ok(Plan::Ask(ask)) => self.process.answer(ask),
+                        Ok(plan) => execute(plan, &self.process.dispatcher, self.asker),
+                    },
+                }
+            }
+        };
+        self.push(answer);
+    }
+
+    /// What only the session can do.
+    fn change(&mut self, change: Connection) {
+        let reply = match change {
+            Connection::Hello { protocol, auth, name } => self.hello(protocol, auth, name),
+            Connection::Auth { user, password } => self.authenticate(&user, &password),
+            Connection::SetName(name) => {
+                self.peer.set_labels(|labels| labels.name = name);
+                Reply::OK
+            }
+            Connection::GetName => match self.peer.labels().name {
+                name if name.is_empty() => Reply::Null,
+                name => Reply::Bulk(name),
+            },
+            Connection::SetInfo { field, value } => {
+                let library_name = field.eq_ignore_ascii_case(b"lib-name");
+                self.peer.set_labels(|labels| match library_name {
+                    true => labels.lib_name = value,
+                    false => labels.lib_version = value,
+                });
+                Reply::OK
+            }
+            Connection::Id => Reply::count(self.peer.id),
+            Connection::Info => Reply::bulk(self.peer.line() + "\n"),
+            Connection::List => Reply::bulk(self.process.clients.list()),
+            Connection::Kill { id } if id == self.peer.id => {
+                self.closing = true;
+                Reply::Integer(1)
+            }
+            Connection::Kill { id } => Reply::Integer(i64::from(self.process.clients.kill(id))),
+            Connection::Unblock { id, error } => {
+                let how = if error { Unblock::Error } else { Unblock::Timeout };
+                Reply::Integer(i64::from(self.process.clients.unblock(id, how)))
+            }
+            Connection::Reply(mode) => return self.set_reply_mode(mode),
+            Connection::Reset => self.reset(),
+            Connection::Quit => {
+                self.closing = true;
+                Reply::OK
+            }
+        };
+        self.push(Answer::reply(reply));
+    }
+
+    fn set_reply_mode(&mut self, mode: ReplyMode) {
+        // Only ON is answered; SKIP says nothing itself and silences the request after it.
+        self.reply_mode = mode;
+        if mode == ReplyMode::On {
+            self.push(Answer::reply(Reply::OK));
+        }
+    }
+
+    fn hello(&mut self, protocol: Option<Protocol>, auth: Option<(Bytes, Bytes)>, name: Option<Bytes>) -> Reply {
+        if let Some((user, password)) = auth {
+            let reply = self.authenticate(&user, &password);
+            if reply != Reply::OK {
+                return reply;
+            }
+        }
+        if !self.authenticated {
+            return Error::new(
+                Code::NoAuth,
+                "HELLO must be called with the client already authenticated, otherwise the HELLO <proto> AUTH <user> \
+                 <pass> option can be used to authenticate the client and select the RESP protocol version at the same time",
+            )
+            .into();
+        }
+        if let Some(protocol) = protocol {
+            self.context.protocol = protocol;
+            self.peer.resp3.store(protocol == Protocol::Resp3, Ordering::Relaxed);
+        }
+        if let Some(name) = name {
+            self.peer.set_labels(|labels| labels.name = name);
+        }
+        self.process.hello(self.context.protocol, self.peer.id)
+    }
+
+    fn authenticate(&mut self, user: &[u8], password: &[u8]) -> Reply {
+        match self.process.auth.check(user, password) {
+            Ok(()) => {
+                if !self.authenticated {
+                    self.authenticated = true;
+                    self.parser.set_bounds(self.process.bounds);
+                }
+                Reply::OK
+            }
+            Err(error) => error.into(),
+        }
+    }
+
+    fn reset(&mut self) -> Reply {
+        self.context.protocol = Protocol::Resp2;
+        self.peer.resp3.store(false, Ordering::Relaxed);
+        self.peer.set_labels(|labels| labels.name = Bytes::new());
+        self.reply_mode = ReplyMode::On;
+        self.authenticated = !self.process.auth.is_needed();
+        Reply::Simple("RESET")
+    }
+
+    /// Sends what is written; pending while the socket is full.
+    fn flush(&mut self, context: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        while !self.output.is_empty() {
+            match Pin::new(&mut self.socket).poll_write(context, &self.output) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                Poll::Ready(Ok(count)) => {
+                    self.output.advance(count);
+                    self.written += count as u64;
+                    self.process.bytes_out.fetch_add(count as u64, Ordering::Relaxed);
+                }
+            }
+        }
+        while let Some((end, _)) = self.holds.front()
+            && *end <= self.written
+            && let Some((_, holds)) = self.holds.pop_front()
+        {
+            holds.into_iter().for_each(Hold::settle);
+        }
+        if self.output.capacity() > 2 * OUTPUT_PAUSE {
+            self.output = BytesMut::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads once; ready when there is something new to look at.
+    fn read(&mut self, context: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        let held_back = self.pending.back().is_some_and(|pending| pending.answer.holds_back());
+        let full = self.pending.len() >= PIPELINE_MAX || self.output.len() >= OUTPUT_PAUSE;
+        let enough = (held_back || full) && self.input.len() >= READ_AHEAD;
+        if self.input_ended || enough || self.closing {
+            return Poll::Pending;
+        }
+        if self.input.capacity() - self.input.len() < READ_MIN / 2 {
+            self.input.reserve(self.read_size);
+        }
+        let room = self.input.capacity() - self.input.len();
+        match pin!(self.socket.read_buf(&mut self.input)).poll(context) {
+            Poll::Pending => Poll::Pending,
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Ready(Ok(0)) => {
+                self.input_ended = true;
+                Poll::Ready(Ok(()))
+            }
+            Poll::Ready(Ok(count)) => {
+                if count == room {
+                    self.read_size = (self.read_size * 2).min(READ_MAX);
+                }
+                self.process.bytes_in.fetch_add(count as u64, Ordering::Relaxed);
+                Poll::Ready(Ok(()))
+            }
+        }
+    }
+}
+
+fn no_auth() -> Reply {
+    Error::new(Code::NoAuth, "Authentication required.").into()
+}
