@@ -43,10 +43,12 @@ use bytes::Bytes;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::clock::{Millis, UnixMs};
 use crate::error::{Error, Result};
 use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Policy};
+use crate::resp::reply::{Protocol, Reply};
 
 pub mod embedded;
 pub mod memory;
@@ -262,6 +264,11 @@ pub trait Shard: Send + Sync + 'static {
     /// Stamps the shard on first use with the deployment's and its own name and stores the shard map's version; an error
     /// says why the shard must not be used: another stamp, another shard's name, or a map that is newer or not the same.
     fn claim(&self, stamp: Stamp) -> BoxFuture<'_, Result<()>>;
+
+    /// What takes the shard's ordinary commands.
+    fn keyspace(&self) -> Keyspace {
+        Keyspace::None
+    }
 }
 
 /// What [`Shard::claim`] writes on a shard and compares.
@@ -272,4 +279,54 @@ pub struct Stamp {
     /// The version of the shard map, and the map in one line, so that two maps under one version are told apart.
     pub map_version: u64,
     pub map: String,
+}
+
+/// What takes the ordinary commands (`LPUSH`, `GET` ...) of a shard: the second seam.
+#[derive(Clone)]
+pub enum Keyspace {
+    /// Nothing does; they are refused.
+    None,
+    /// A server that speaks RESP itself: requests and replies pass as the bytes they are.
+    Server(Arc<dyn Dial>),
+    /// This process.
+    Local(Arc<dyn Keys>),
+}
+
+/// A connection to a server.
+pub trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
+
+/// A server that raw connections can be opened to.
+pub trait Dial: Send + Sync + 'static {
+    /// Opens a connection that has authenticated, selected its database and speaks the protocol.
+    fn dial(&self, protocol: Protocol) -> BoxFuture<'_, Result<Box<dyn Socket>>>;
+}
+
+/// Ordinary requests, words and all, that are run in a row with nothing of others between them.
+#[derive(Clone, Debug, Default)]
+pub struct Unit {
+    /// Some replies have another shape in RESP3 than the encoding alone gives them.
+    pub protocol: Protocol,
+    /// At least one. What blocks in Redis does not wait here: it answers as it does inside `MULTI`.
+    pub requests: Vec<Vec<Bytes>>,
+    /// `WATCH`: run nothing, and answer `None`, when one of these keys has another version by now.
+    pub watched: Vec<(Bytes, u64)>,
+}
+
+/// Called with each key that was written, removed or expired, after the commit. Must not block.
+pub type OnChange = Arc<dyn Fn(&[u8]) + Send + Sync>;
+
+/// A keyspace in this process. The requests name commands of Redis with their arguments; what is not known or has the
+/// wrong arguments is answered in Redis's words.
+pub trait Keys: Send + Sync + 'static {
+    /// Runs the unit, commits, then answers: one reply for each request. Takes its place in the line of commits when it
+    /// is called, not when it is first polled, so that what one caller sends in a row is applied in a row.
+    fn run(&self, unit: Unit) -> BoxFuture<'static, Result<Option<Vec<Reply>>>>;
+
+    /// A number that changes with every change of the key.
+    fn version(&self, key: &[u8]) -> u64;
+
+    /// From now on calls `on_change`. Called once.
+    fn observe(&self, on_change: OnChange);
 }
