@@ -4,3 +4,5 @@
 /// Real processes, a raw client, and waiting without sleeping.
 #[allow(dead_code, reason = "a house for all tests: not every one of them uses every room")]
 mod support;
+/// The tree keeps its own rules: floors, headers, nothing left for later.
+mod tidy;
