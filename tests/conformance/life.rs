@@ -3,7 +3,6 @@
 use goflow::job::{JobRef, JobState, Policy};
 use goflow::shard::{Outcome, Retention, Rules, Stamp};
 
-use super::trial::*;
 use super::{Keeper, cases};
 
 fn keeping(age_ms: u64, jobs: u64) -> Rules {

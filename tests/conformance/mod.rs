@@ -12,6 +12,7 @@ pub mod keyguard;
 mod keys;
 mod life;
 mod pages;
+mod servers;
 mod time;
 pub mod trial;
 mod verdicts;
@@ -41,6 +42,13 @@ macro_rules! cases {
 
         mod embedded {
             $(#[test] fn $case() { $crate::conformance::run($crate::conformance::Home::Embedded, |keeper| Box::pin(super::$case(keeper))); })+
+        }
+
+        mod redis7 {
+            $(#[test] fn $case() {
+                let home = $crate::conformance::Home::Server($crate::support::servers::Flavour::Redis7);
+                $crate::conformance::run(home, |keeper| Box::pin(super::$case(keeper)));
+            })+
         }
     };
 }

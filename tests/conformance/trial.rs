@@ -3,44 +3,82 @@
 
 use bytes::Bytes;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 
 use goflow::clock::{Millis, UnixMs};
 use goflow::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Policy};
 use goflow::shard::embedded::Embedded;
 use goflow::shard::memory::Memory;
+use goflow::shard::redis::Redis;
 use goflow::shard::{Action, Effect, Op, Outcome, Placed, Rules, Shard, Start, Stats};
 
+use super::keyguard::KeyGuard;
 use crate::support::scratch;
+use crate::support::servers::{Cluster, Flavour, Server};
+use crate::support::wire::Value;
 
 /// When every trial begins.
 pub const BEGIN: UnixMs = 1_700_000_000_000;
 /// The lease of [`Trial::lease`].
 pub const LEASE_MS: Millis = 30_000;
 
-/// Which implementation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which implementation, and on what.
+#[derive(Clone)]
 pub enum Home {
     Memory,
     Embedded,
+    /// A server of its own for each keeper.
+    Server(Flavour),
+    /// One of so many partitions of a cluster, another for each keeper.
+    Cluster(Arc<Cluster>, u32),
 }
 
 /// Opens shards of one kind. What it opened before is there again, except in memory.
 pub struct Keeper {
     home: Home,
     dir: TempDir,
+    server: Option<Server>,
+    guards: Mutex<Vec<KeyGuard>>,
+    partition: u32,
 }
 
 impl Keeper {
     pub fn new(home: Home) -> Keeper {
-        Keeper { home, dir: scratch() }
+        static KEEPERS: AtomicU32 = AtomicU32::new(0);
+        let server = match &home {
+            Home::Server(flavour) => Some(Server::start(*flavour, &[])),
+            _ => None,
+        };
+        let mut partition = 0;
+        if let Home::Cluster(cluster, partitions) = &home {
+            partition = KEEPERS.fetch_add(1, Ordering::Relaxed) % partitions;
+            for node in &cluster.nodes {
+                assert_eq!(node.wire().say("FLUSHALL"), Value::Simple("OK".into()));
+            }
+        }
+        let keeper = Keeper { home, dir: scratch(), server, guards: Mutex::default(), partition };
+        let guards = keeper.servers().iter().map(|server| KeyGuard::watch(server)).collect();
+        Keeper { guards: Mutex::new(guards), ..keeper }
+    }
+
+    fn servers(&self) -> Vec<&Server> {
+        match &self.home {
+            Home::Cluster(cluster, _) => cluster.nodes.iter().collect(),
+            _ => self.server.iter().collect(),
+        }
     }
 
     pub async fn open_shard(&self, rules: Rules) -> Arc<dyn Shard> {
-        match self.home {
-            Home::Memory => Arc::new(Memory::new(rules)),
-            Home::Embedded => Arc::new(Embedded::open(self.dir.path(), rules).unwrap()),
+        match (&self.home, &self.server) {
+            (Home::Embedded, _) => Arc::new(Embedded::open(self.dir.path(), rules).unwrap()),
+            (Home::Server(_), Some(server)) => Arc::new(Redis::connect(&server.url(), "s1", rules).await.unwrap()),
+            (Home::Cluster(cluster, partitions), _) => {
+                let url = cluster.url(*partitions);
+                Arc::new(Redis::connect(&url, &format!("c/{}", self.partition), rules).await.unwrap())
+            }
+            _ => Arc::new(Memory::new(rules)),
         }
     }
 
@@ -53,8 +91,18 @@ impl Keeper {
         Trial::new(self.open_shard(rules).await)
     }
 
-    /// What must hold after a case whatever it was about.
-    pub fn check(&self) {}
+    /// Makes a server forget the scripts that it has loaded.
+    pub fn forget_scripts(&self) {
+        for server in self.servers() {
+            assert_eq!(server.wire().say("SCRIPT FLUSH"), Value::Simple("OK".into()));
+        }
+    }
+
+    /// What must hold after a case whatever it was about: no script touched a key that it did not declare.
+    pub fn check(&self) {
+        let seen: usize = self.guards.lock().unwrap().iter_mut().map(KeyGuard::check).sum();
+        assert!(self.servers().is_empty() || seen > 0, "the guard saw no script");
+    }
 }
 
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {
