@@ -8,6 +8,7 @@
 //! To add a command on existing ops: the row, its plan function and a test, in the family's file.
 
 pub mod args;
+pub mod ordinary;
 
 use bytes::Bytes;
 use std::sync::Arc;

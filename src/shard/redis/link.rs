@@ -1,0 +1,297 @@
+//! A raw connection to a server, shared by all sessions of one thread: ordinary commands pass as the bytes they are.
+//!
+//! Requests are written in the order of their submission, all that have gathered in one write; replies are cut by
+//! `resp::scan` and paired with the requests first in, first out, so that one that cannot be paired ends the connection
+//! rather than go astray. Nobody waits for a lock: submitters and the driving task are on the same thread.
+//!
+//! Promises: never mixes replies; a connection that breaks, is out of step or makes no progress for [`SILENCE_MAX`] fails
+//! everything in flight, saying whether it may have happened, and is opened anew when it is wanted, after a rest that
+//! doubles; what is in flight and what is unsent are bounded. Leaves to its callers never to send what changes the state
+//! of a connection (`SELECT`, `MULTI` without its `EXEC` behind it, a subscription) or blocks.
+
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use futures_util::task::AtomicWaker;
+use tokio::io::{AsyncReadExt, AsyncWrite};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout};
+
+use crate::error::{Code, Error, Happened, Result};
+use crate::resp::reply::Protocol;
+use crate::resp::scan::{ScanState, reply_end};
+use crate::shard::{Dial, Socket};
+
+/// Most requests of one link whose replies have not come.
+const IN_FLIGHT_MAX: usize = 65_536;
+/// Most bytes that wait to be written; one request may be larger.
+const UNSENT_BYTES_MAX: usize = 64 << 20;
+/// A server that owes replies and sends nothing for so long is given up.
+const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// How often silence is looked for.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+const DIAL_WAIT: Duration = Duration::from_secs(3);
+/// After a failure requests are refused for this long, doubling to the maximum, before one opens a connection again.
+const REST_MIN: Duration = Duration::from_millis(50);
+const REST_MAX: Duration = Duration::from_millis(1_000);
+/// Room for one read.
+const READ_BYTES: usize = 64 << 10;
+
+/// A buffer that a burst made larger is given back.
+const BUFFER_KEPT: usize = 1 << 20;
+
+/// The replies to one request, back to back as they came.
+pub type Replies = oneshot::Receiver<Result<Bytes>>;
+
+/// One request whose replies are due.
+struct Due {
+    /// How many replies belong to it.
+    replies: usize,
+    answer: oneshot::Sender<Result<Bytes>>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Not yet taken by the driver.
+    unsent: BytesMut,
+    unsent_requests: usize,
+    due: VecDeque<Due>,
+    /// Why requests are refused at once, while the link rests.
+    down: Option<Arc<str>>,
+}
+
+/// The submitting side; the driving task holds it, too.
+pub struct Link {
+    shard: Arc<str>,
+    state: Mutex<State>,
+    driver: AtomicWaker,
+}
+
+impl Link {
+    /// A link of the current thread's runtime; opens its connection when there is something to send.
+    pub fn spawn(shard: Arc<str>, dial: Arc<dyn Dial>, protocol: Protocol) -> Arc<Link> {
+        let link = Arc::new(Link { shard, state: Mutex::default(), driver: AtomicWaker::new() });
+        tokio::spawn(drive(link.clone(), dial, protocol));
+        link
+    }
+
+    /// Sends one request, or several in a row, as well-formed arrays; `replies` says how many replies that will be.
+    pub fn submit(&self, request: &[u8], replies: usize) -> Replies {
+        let (answer, receiver) = oneshot::channel();
+        let mut state = self.state();
+        if let Some(error) = self.refusal(&state) {
+            drop(state);
+            let _ = answer.send(Err(error));
+            return receiver;
+        }
+        let idle = state.unsent.is_empty();
+        state.unsent.extend_from_slice(request);
+        state.unsent_requests += 1;
+        state.due.push_back(Due { replies, answer });
+        drop(state);
+        if idle {
+            self.driver.wake();
+        }
+        receiver
+    }
+
+    fn refusal(&self, state: &State) -> Option<Error> {
+        if let Some(why) = &state.down {
+            return Some(Error::shard_down(&self.shard, why, Happened::No));
+        }
+        let full = state.due.len() >= IN_FLIGHT_MAX || state.unsent.len() >= UNSENT_BYTES_MAX;
+        full.then(|| Error::new(Code::Overloaded, format!("too much is on its way to shard {}", self.shard)))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fails everything that is due. What was not even taken for sending has not happened.
+    fn fail(&self, why: &str) {
+        let mut state = self.state();
+        let due = std::mem::take(&mut state.due);
+        let sent = due.len() - state.unsent_requests;
+        state.unsent = BytesMut::new();
+        state.unsent_requests = 0;
+        drop(state);
+        for (place, due) in due.into_iter().enumerate() {
+            let happened = if place < sent { Happened::Maybe } else { Happened::No };
+            let _ = due.answer.send(Err(Error::shard_down(&self.shard, why, happened)));
+        }
+    }
+
+    /// Ready when there is something to send.
+    async fn demand(&self) {
+        poll_fn(|context| {
+            self.driver.register(context.waker());
+            if self.state().unsent.is_empty() { Poll::Pending } else { Poll::Ready(()) }
+        })
+        .await;
+    }
+}
+
+/// Opens connections for the link and serves them, as long as anybody holds the link.
+async fn drive(link: Arc<Link>, dial: Arc<dyn Dial>, protocol: Protocol) {
+    let mut rest = REST_MIN;
+    loop {
+        link.demand().await;
+        let why = match timeout(DIAL_WAIT, dial.dial(protocol)).await {
+            Ok(Ok(socket)) => {
+                rest = REST_MIN;
+                Connection::new(&link, socket).serve().await
+            }
+            Ok(Err(error)) => error.text.into_owned(),
+            Err(_) => "did not answer in time".into(),
+        };
+        if link.state().due.is_empty() {
+            // An idle connection was closed: nobody is hurt.
+            continue;
+        }
+        tracing::debug!(shard = %link.shard, why, "link broke");
+        link.state().down = Some(why.as_str().into());
+        link.fail(&why);
+        sleep(rest).await;
+        rest = (rest * 2).min(REST_MAX);
+        link.state().down = None;
+    }
+}
+
+/// One connection of a link, while it lasts.
+struct Connection<'a> {
+    link: &'a Link,
+    socket: Box<dyn Socket>,
+    sending: BytesMut,
+    buffer: BytesMut,
+    scan: ScanState,
+    /// Whole replies of the request at the head of the line: how many, and how many bytes.
+    cut: usize,
+    cut_bytes: usize,
+    finished: Vec<(oneshot::Sender<Result<Bytes>>, Bytes)>,
+    look: Interval,
+    heard_at: Instant,
+}
+
+impl<'a> Connection<'a> {
+    fn new(link: &'a Link, socket: Box<dyn Socket>) -> Connection<'a> {
+        let mut look = interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Connection {
+            link,
+            socket,
+            sending: BytesMut::new(),
+            buffer: BytesMut::new(),
+            scan: ScanState::default(),
+            cut: 0,
+            cut_bytes: 0,
+            finished: Vec::new(),
+            look,
+            heard_at: Instant::now(),
+        }
+    }
+
+    /// Serves until the connection is of no use, and says why.
+    async fn serve(mut self) -> String {
+        poll_fn(|context| self.poll(context)).await
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<String> {
+        self.link.driver.register(context.waker());
+        if let Err(why) = self.write(context) {
+            return Poll::Ready(why);
+        }
+        if let Err(why) = self.read(context) {
+            return Poll::Ready(why);
+        }
+        while self.look.poll_tick(context).is_ready() {
+            if self.link.state().due.is_empty() {
+                self.heard_at = Instant::now();
+            } else if self.heard_at.elapsed() > SILENCE_MAX {
+                return Poll::Ready("did not answer in time".into());
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Writes what has gathered, as far as the socket takes it.
+    fn write(&mut self, context: &mut Context<'_>) -> std::result::Result<(), String> {
+        loop {
+            if self.sending.is_empty() {
+                let mut state = self.link.state();
+                if state.unsent.is_empty() {
+                    return Ok(());
+                }
+                if state.due.len() == state.unsent_requests {
+                    self.heard_at = Instant::now();
+                }
+                std::mem::swap(&mut self.sending, &mut state.unsent);
+                state.unsent_requests = 0;
+            }
+            match Pin::new(&mut self.socket).poll_write(context, &self.sending) {
+                Poll::Pending => return Ok(()),
+                Poll::Ready(Ok(0)) => return Err("closed the connection".into()),
+                Poll::Ready(Ok(count)) if count == self.sending.len() => {
+                    self.sending.clear();
+                    if self.sending.capacity() > BUFFER_KEPT {
+                        self.sending = BytesMut::new();
+                    }
+                }
+                Poll::Ready(Ok(count)) => self.sending.advance(count),
+                Poll::Ready(Err(error)) => return Err(format!("cannot be written to: {error}")),
+            }
+        }
+    }
+
+    /// Reads what is there and answers the requests whose replies are whole.
+    fn read(&mut self, context: &mut Context<'_>) -> std::result::Result<(), String> {
+        loop {
+            if self.buffer.capacity() - self.buffer.len() < READ_BYTES / 4 {
+                self.buffer.reserve(READ_BYTES);
+            }
+            match pin!(self.socket.read_buf(&mut self.buffer)).poll(context) {
+                Poll::Pending => return Ok(()),
+                Poll::Ready(Ok(0)) => return Err("closed the connection".into()),
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(error)) => return Err(format!("cannot be read from: {error}")),
+            }
+            self.heard_at = Instant::now();
+            let cut = self.cut_replies();
+            for (answer, bytes) in self.finished.drain(..) {
+                let _ = answer.send(Ok(bytes));
+            }
+            cut?;
+        }
+    }
+
+    fn cut_replies(&mut self) -> std::result::Result<(), String> {
+        let mut state = self.link.state.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let rest = self.buffer.get(self.cut_bytes..).unwrap_or_default();
+            let end = match reply_end(rest, &mut self.scan) {
+                Ok(Some(end)) => end,
+                Ok(None) => return Ok(()),
+                Err(malformed) => return Err(format!("sent a {malformed}")),
+            };
+            if self.scan.is_push() && self.cut == 0 {
+                self.buffer.advance(end);
+                continue;
+            }
+            let Some(due) = state.due.front() else {
+                return Err("sent a reply to no request".into());
+            };
+            self.cut += 1;
+            self.cut_bytes += end;
+            if self.cut == due.replies
+                && let Some(due) = state.due.pop_front()
+            {
+                self.finished.push((due.answer, self.buffer.split_to(self.cut_bytes).freeze()));
+                (self.cut, self.cut_bytes) = (0, 0);
+            }
+        }
+    }
+}
