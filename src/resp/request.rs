@@ -1,8 +1,8 @@
 //! Requests as clients send them: a flat, bounded, incremental parser of RESP arrays and inline commands.
 //!
 //! Owns what a well-formed request is. Accepts and refuses what Redis 7 does, in Redis's words ([`ProtocolError`]), and
-//! differs on purpose in three things: bounds hold however the bytes were split into packets; a NUL in an inline command
-//! is an ordinary byte (Redis waits for ever behind it); an array has at most [`WORDS_MAX`] words.
+//! differs on purpose in three things: bounds hold however the bytes were split into packets; a NUL in a line is an
+//! ordinary byte (Redis waits for ever behind it); an array has at most [`WORDS_MAX`] words.
 //!
 //! Promises: no recursion; nothing is reserved because a client declared a length; bytes are looked at once, so a
 //! request that comes byte by byte costs as much as one that comes whole; a word shares the memory it was read into.
