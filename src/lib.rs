@@ -4,5 +4,6 @@ pub mod command;
 pub mod dispatch;
 pub mod error;
 pub mod job;
+pub mod metrics;
 pub mod resp;
 pub mod shard;
