@@ -104,11 +104,11 @@ declare! {
     QUEUE_DEAD = gauge("goflow_queue_dead", &["queue"], "Jobs in the dead letter queue.");
     QUEUE_OLDEST = gauge("goflow_queue_oldest_ready_seconds", &["queue"],
         "Age of the job that is next in line, on the shard where it is oldest.");
-    JOBS_DEAD = counter("goflow_jobs_dead_total", &["queue"], "Jobs that died, as the sampled shards count them.");
-    JOBS_LAPSED = counter("goflow_jobs_lapsed_total", &["queue"], "Leases that ran out, as the sampled shards count them.");
-    JOBS_EXPIRED = counter("goflow_jobs_expired_total", &["queue"], "Jobs that outlived their TTL, as the sampled shards count them.");
-    JOBS_CANCELLED = counter("goflow_jobs_cancelled_total", &["queue"], "Jobs that were cancelled, as the sampled shards count them.");
-    JOBS_REDRIVEN = counter("goflow_jobs_redriven_total", &["queue"], "Dead jobs that were put back, as the sampled shards count them.");
+    JOBS_DEAD = counter("goflow_jobs_dead_total", &["queue", "shard"], "Jobs that died, as the sampled shards count them.");
+    JOBS_LAPSED = counter("goflow_jobs_lapsed_total", &["queue", "shard"], "Leases that ran out, as the sampled shards count them.");
+    JOBS_EXPIRED = counter("goflow_jobs_expired_total", &["queue", "shard"], "Jobs that outlived their TTL, as the sampled shards count them.");
+    JOBS_CANCELLED = counter("goflow_jobs_cancelled_total", &["queue", "shard"], "Jobs that were cancelled, as the sampled shards count them.");
+    JOBS_REDRIVEN = counter("goflow_jobs_redriven_total", &["queue", "shard"], "Dead jobs that were put back, as the sampled shards count them.");
     QUEUES = gauge("goflow_queues", &["shard"], "Queues that a sampled shard has seen.");
     WORKERS_ACTIVE = gauge("goflow_workers_active", &[], "Connections that have asked this proxy for jobs and are still open.");
     COMMAND_DURATION = histogram("goflow_command_duration_seconds", &["command"], REQUEST_SECONDS,
@@ -480,32 +480,38 @@ impl Collector for SampledFamilies {
         for (label, sample) in shards.values().flat_map(|shown| &shown.queues) {
             queues.entry(label).or_default().add(sample);
         }
-        let mut families: Vec<MetricFamily> = SHARED
-            .iter()
-            .map(|(declared, read)| family(declared, queues.iter().map(|(label, sample)| (*label, read(sample)))))
-            .collect();
-        families.push(family(&QUEUES, shards.iter().map(|(shard, shown)| (&**shard, shown.queues_seen as f64))));
-        families
+        let families = SHARED.iter().map(|(declared, read)| match declared.kind {
+            // Apart by shard: when another proxy takes a shard over, a sum of several would jump there and look like news.
+            Kind::Counter => family(
+                declared,
+                shards.iter().flat_map(|(shard, shown)| {
+                    shown.queues.iter().map(|(label, sample)| (vec![&**label, &**shard], read(sample)))
+                }),
+            ),
+            _ => family(declared, queues.iter().map(|(label, sample)| (vec![*label], read(sample)))),
+        });
+        let seen = shards.iter().map(|(shard, shown)| (vec![&**shard], shown.queues_seen as f64));
+        families.chain([family(&QUEUES, seen)]).collect()
     }
 }
 
-fn family<'a>(declared: &Declared, members: impl Iterator<Item = (&'a str, f64)>) -> MetricFamily {
-    let members = members.map(|(value_of_label, value)| {
-        let mut label = LabelPair::default();
-        label.set_name(declared.labels.first().copied().unwrap_or_default().into());
-        label.set_value(value_of_label.into());
-        let mut metric = Metric::from_label(vec![label]);
-        match declared.kind {
-            Kind::Counter => {
-                let mut counter = Counter::default();
-                counter.set_value(value);
-                metric.set_counter(counter);
-            }
-            Kind::Gauge | Kind::Histogram(_) => {
-                let mut gauge = Gauge::default();
-                gauge.set_value(value);
-                metric.set_gauge(gauge);
-            }
+fn family<'a>(declared: &Declared, members: impl Iterator<Item = (Vec<&'a str>, f64)>) -> MetricFamily {
+    let members = members.map(|(values, value)| {
+        let labels = declared.labels.iter().zip(values).map(|(name, value)| {
+            let mut label = LabelPair::default();
+            label.set_name((*name).into());
+            label.set_value(value.into());
+            label
+        });
+        let mut metric = Metric::from_label(labels.collect());
+        if declared.kind == Kind::Counter {
+            let mut counter = Counter::default();
+            counter.set_value(value);
+            metric.set_counter(counter);
+        } else {
+            let mut gauge = Gauge::default();
+            gauge.set_value(value);
+            metric.set_gauge(gauge);
         }
         metric
     });
