@@ -1,6 +1,8 @@
 //! GoFlow.
+pub mod cli;
 pub mod clock;
 pub mod command;
+pub mod config;
 pub mod dispatch;
 pub mod error;
 pub mod job;
