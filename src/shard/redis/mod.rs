@@ -1,3 +1,333 @@
-//! x
+//! A shard on Redis 6.2 or newer, Valkey or Dragonfly: alone, behind Sentinel, or a partition of a Redis Cluster.
+//!
+//! The rules are in Lua (`begin.lua`, `flow.lua`, `rules.lua`, `finish.lua`, one script together). The ops of one queue in a
+//! batch are one `EVALSHA`, all queues of a batch one write, so that a batch costs one round trip and each queue's part is
+//! one commit. [`batch`] encodes ops and decodes answers, [`connect`] opens connections and says what their errors mean,
+//! [`server`] asks the server about itself. [`dial`] and [`link`] carry ordinary commands and are apart from all that.
+//!
+//! Promises: no await without an end; a failure of one queue's call leaves the others' outcomes alone; after an unknown
+//! outcome only what is safe to repeat is sent again, once. A change of the records' layout also needs `src/job.rs` and
+//! [`batch`] changed, and a new prefix, or old queues would be misread.
+
+mod batch;
+mod connect;
 pub mod dial;
 pub mod link;
+mod server;
+
+use std::collections::HashSet;
+use std::sync::{Arc, LazyLock, Mutex as SyncMutex, PoisonError};
+use std::time::Duration;
+
+use foldhash::fast::RandomState;
+use tokio::sync::Mutex;
+use tokio::task::AbortHandle;
+
+use self::batch::Part;
+use self::connect::{Failure, Home, Live};
+use super::{Applied, BoxFuture, Effect, Health, Keyspace, OnWake, Op, Outcome, Rules, Shard, Stamp};
+use crate::clock::UnixMs;
+use crate::error::{Error, Happened, Result};
+use crate::job::Name;
+
+/// The keys of a queue, by what follows their tag; in the order of the script's `KEYS`.
+const QUEUE_KEYS: [&str; 13] = [
+    "meta",
+    "jobs",
+    "state",
+    "ready",
+    "ranked",
+    "scheduled",
+    "leased",
+    "expiring",
+    "dead",
+    "held",
+    "completed",
+    "cancelled",
+    "expired",
+];
+
+/// The one script.
+const SCRIPT: &str =
+    concat!(include_str!("begin.lua"), include_str!("flow.lua"), include_str!("rules.lua"), include_str!("finish.lua"));
+
+/// The digest by which it is called.
+static DIGEST: LazyLock<String> = LazyLock::new(|| redis::Script::new(SCRIPT).get_hash().to_owned());
+
+/// How long a server may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    pub connect: Duration,
+    pub answer: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Timeouts { connect: Duration::from_secs(1), answer: Duration::from_secs(3) }
+    }
+}
+
+/// Builds every key and channel of one shard: the one place that knows their names.
+#[derive(Debug)]
+struct Keys {
+    /// Stands before the queue in a hash tag; only partitions of a cluster have one.
+    partition: Option<Arc<str>>,
+}
+
+impl Keys {
+    /// `goflow:{queue}:`, or `goflow:{name/3:queue}:` on a partition.
+    fn of_queue(&self, queue: &Name) -> String {
+        match &self.partition {
+            None => format!("goflow:{{{queue}}}:"),
+            Some(partition) => format!("goflow:{{{partition}:{queue}}}:"),
+        }
+    }
+
+    fn of_shard(&self, what: &str) -> String {
+        match &self.partition {
+            None => format!("goflow:{what}"),
+            Some(partition) => format!("goflow:{{{partition}}}:{what}"),
+        }
+    }
+
+    fn queues(&self) -> String {
+        self.of_shard("queues")
+    }
+
+    fn wake(&self) -> String {
+        self.of_shard("wake")
+    }
+}
+
+/// One shard on one server, or on one partition of a cluster.
+pub struct Redis {
+    name: Arc<str>,
+    keys: Keys,
+    rules: Rules,
+    timeouts: Timeouts,
+    home: Arc<Home>,
+    live: Mutex<Option<Live>>,
+    /// Queues that are in the registry, by this process's doing.
+    registered: SyncMutex<HashSet<Name, RandomState>>,
+    watcher: SyncMutex<Option<AbortHandle>>,
+}
+
+impl Redis {
+    /// The shards of a URL, none of them connected yet: one under `name`, or `name/0` to `name/(n-1)` of a cluster.
+    pub fn open(url: &str, name: &str, rules: Rules, timeouts: Timeouts) -> Result<Vec<Redis>> {
+        let home = Arc::new(Home::parse(url, name, timeouts)?);
+        Ok(match home.partitions() {
+            None => vec![Redis::new(home, name, rules, timeouts)],
+            Some(count) => {
+                (0..count).map(|n| Redis::new(home.clone(), &format!("{name}/{n}"), rules, timeouts)).collect()
+            }
+        })
+    }
+
+    /// One shard, connected: `name` is the partition's own where the URL is a cluster's.
+    pub async fn connect(url: &str, name: &str, rules: Rules) -> Result<Redis> {
+        let timeouts = Timeouts::default();
+        let redis = Redis::new(Arc::new(Home::parse(url, name, timeouts)?), name, rules, timeouts);
+        redis.live().await?;
+        Ok(redis)
+    }
+
+    fn new(home: Arc<Home>, name: &str, rules: Rules, timeouts: Timeouts) -> Redis {
+        let name: Arc<str> = name.into();
+        let partition = home.partitions().map(|_| name.clone());
+        Redis {
+            name,
+            keys: Keys { partition },
+            rules,
+            timeouts,
+            home,
+            live: Mutex::new(None),
+            registered: SyncMutex::default(),
+            watcher: SyncMutex::default(),
+        }
+    }
+
+    fn down(&self, why: &str, happened: Happened) -> Error {
+        Error::shard_down(&self.name, why, happened)
+    }
+
+    fn registered(&self) -> std::sync::MutexGuard<'_, HashSet<Name, RandomState>> {
+        self.registered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection, opened where there is none. Whatever fails here has written nothing.
+    async fn live(&self) -> Result<Live> {
+        let mut slot = self.live.lock().await;
+        if let Some(live) = &*slot {
+            return Ok(live.clone());
+        }
+        match self.home.connect(SCRIPT).await {
+            Ok(live) => {
+                // A server that was restarted without its data has also lost the registry.
+                self.registered().clear();
+                Ok(slot.insert(live).clone())
+            }
+            Err(why) => Err(self.down(&why, Happened::No)),
+        }
+    }
+
+    /// Drops a connection that failed; the next call opens another.
+    async fn hang_up(&self, failed: &Live) {
+        let mut slot = self.live.lock().await;
+        if slot.as_ref().is_some_and(|live| live.id == failed.id) {
+            *slot = None;
+        }
+        self.home.forget(failed);
+    }
+
+    /// Sends the calls of some queues in one write. The answer of each stands alone.
+    async fn call(
+        &self,
+        parts: &[Part],
+        ops: &[Op],
+        at: Option<UnixMs>,
+    ) -> Vec<std::result::Result<redis::Value, Failure>> {
+        let live = match self.live().await {
+            Ok(live) => live,
+            Err(error) => return parts.iter().map(|_| Err(Failure::Down(error.clone()))).collect(),
+        };
+        let mut commands = Vec::with_capacity(parts.len() + 1);
+        let new_queues: Vec<Name> = {
+            let registered = self.registered();
+            let is_new = |part: &&Part| part.creates && !registered.contains(&part.queue);
+            parts.iter().filter(is_new).map(|part| part.queue.clone()).collect()
+        };
+        if !new_queues.is_empty() {
+            let mut registration = redis::cmd("SADD");
+            registration.arg(self.keys.queues());
+            new_queues.iter().for_each(|queue| {
+                registration.arg(queue.as_str());
+            });
+            commands.push(registration);
+        }
+        commands.extend(parts.iter().map(|part| part.command(&DIGEST, &self.keys, &self.rules, ops, at)));
+        let mut answers = live.send(commands, self.timeouts.answer).await;
+        if !new_queues.is_empty() {
+            match answers.remove(0) {
+                Ok(_) => self.registered().extend(new_queues),
+                // The calls are not taken back for it: the queue is registered with the next batch.
+                Err(error) => tracing::warn!(shard = &*self.name, %error, "a queue could not be registered"),
+            }
+        }
+        let judged: Vec<_> =
+            answers.into_iter().map(|answer| answer.map_err(|e| connect::judge(&self.name, &e))).collect();
+        if judged.iter().any(|answer| matches!(answer, Err(failure) if failure.ends_connection())) {
+            self.hang_up(&live).await;
+        }
+        judged
+    }
+
+    /// Calls, and once more for the queues of which the server had forgotten the script.
+    async fn call_loaded(
+        &self,
+        parts: &[Part],
+        ops: &[Op],
+        at: Option<UnixMs>,
+    ) -> Vec<std::result::Result<redis::Value, Failure>> {
+        let mut answers = self.call(parts, ops, at).await;
+        let forgotten: Vec<usize> =
+            (0..answers.len()).filter(|at| matches!(answers[*at], Err(Failure::NoScript))).collect();
+        if forgotten.is_empty() {
+            return answers;
+        }
+        let loaded = match self.live().await {
+            Ok(live) => live.load(SCRIPT, self.timeouts.answer).await.map_err(|why| self.down(&why, Happened::No)),
+            Err(error) => Err(error),
+        };
+        let again: Vec<Part> = forgotten.iter().map(|at| parts[*at].clone()).collect();
+        let again = match loaded {
+            Ok(()) => self.call(&again, ops, at).await,
+            Err(error) => again.iter().map(|_| Err(Failure::Down(error.clone()))).collect(),
+        };
+        for (at, answer) in forgotten.into_iter().zip(again) {
+            answers[at] = match answer {
+                Err(Failure::NoScript) => Err(Failure::Down(self.down("does not keep its scripts", Happened::No))),
+                answer => answer,
+            };
+        }
+        answers
+    }
+
+    async fn apply_ops(&self, ops: Vec<Op>, at: Option<UnixMs>) -> Applied {
+        let mut outcomes: Vec<Option<Result<Outcome>>> = (0..ops.len()).map(|_| None).collect();
+        let mut effects: Vec<Effect> = Vec::new();
+        let mut parts = batch::split(&ops, |_| true);
+        for is_repeat in [false, true] {
+            let answers = self.call_loaded(&parts, &ops, at).await;
+            let mut repeated = vec![false; ops.len()];
+            for (part, answer) in parts.iter().zip(answers) {
+                let decoded =
+                    answer.and_then(|value| part.decode(value, &ops).ok_or_else(|| Failure::unreadable(&self.name)));
+                match decoded {
+                    Ok((found, effect)) => {
+                        part.places().zip(found).for_each(|(place, outcome)| outcomes[place] = Some(Ok(outcome)));
+                        effects.push(effect);
+                    }
+                    Err(failure) => {
+                        let error = failure.into_error(&self.name);
+                        for place in part.places() {
+                            // What may be repeated is sent again, once, after whatever kept the answer back.
+                            if !is_repeat
+                                && error.happened == Happened::Maybe
+                                && batch::is_repeatable(&ops[place].action)
+                            {
+                                repeated[place] = true;
+                            } else {
+                                outcomes[place] = Some(Err(error.clone()));
+                            }
+                        }
+                    }
+                }
+            }
+            if !repeated.contains(&true) {
+                break;
+            }
+            parts = batch::split(&ops, |place| repeated[place]);
+        }
+        let lost = || Err(self.down("gave no answer", Happened::Maybe));
+        Applied { outcomes: outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(lost)).collect(), effects }
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        if let Some(watcher) = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            watcher.abort();
+        }
+    }
+}
+
+impl Shard for Redis {
+    fn apply(&self, ops: Vec<Op>, at: Option<UnixMs>) -> BoxFuture<'_, Applied> {
+        Box::pin(self.apply_ops(ops, at))
+    }
+
+    fn queues(&self) -> BoxFuture<'_, Result<Vec<Name>>> {
+        Box::pin(self.read_queues())
+    }
+
+    fn watch(&self, on_wake: OnWake) {
+        let task = tokio::spawn(connect::watch(self.home.clone(), self.keys.wake(), self.timeouts, on_wake));
+        let before = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).replace(task.abort_handle());
+        if let Some(before) = before {
+            before.abort();
+        }
+    }
+
+    fn probe(&self) -> BoxFuture<'_, Result<Health>> {
+        Box::pin(self.read_health())
+    }
+
+    fn claim(&self, stamp: Stamp) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.stamp(stamp))
+    }
+
+    fn keyspace(&self) -> Keyspace {
+        self.home.keyspace(&self.name)
+    }
+}

@@ -1,0 +1,632 @@
+//! What one batch says to the script and what the script answers: the ops of each queue as one `EVALSHA`, in runs.
+//!
+//! Ops of one kind that follow each other are one run with many elements, so that the script uses the many-element forms
+//! of commands. The layout of arguments and answers is described in `begin.lua` and at each function of the scripts; here is
+//! the other side of it. Numbers are big-endian.
+
+use std::collections::{HashMap, HashSet};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use foldhash::fast::RandomState;
+use redis::{Cmd, Value};
+
+use super::{Keys, QUEUE_KEYS};
+use crate::clock::UnixMs;
+use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Spec, TEXT_BYTES_MAX};
+use crate::shard::{
+    Action, BULK_JOBS_MAX, Effect, Op, Outcome, PAGE_JOBS_MAX, Placed, Rules, Start, Stats, TICK_JOBS_MAX,
+};
+
+/// Numbers of 6 bytes are below this.
+const SHORT_MAX: u64 = (1 << 48) - 1;
+/// No offset or count of a page is larger.
+const PAGE_MAX: u64 = 1 << 40;
+/// A record starts with so many digits of its enqueue time.
+const STAMP_DIGITS: usize = 13;
+
+// The script has one bound for both.
+const _: () = assert!(TICK_JOBS_MAX == BULK_JOBS_MAX);
+
+/// The ops of one queue: one call.
+#[derive(Clone)]
+pub struct Part {
+    pub queue: Name,
+    /// Whether the call may make a queue that was not there.
+    pub creates: bool,
+    places: Vec<usize>,
+    runs: Vec<Run>,
+}
+
+/// Ops that the script does in one go; numbers are places in `Part::places`.
+#[derive(Clone)]
+enum Run {
+    /// New jobs with nothing special.
+    Plain(Vec<usize>),
+    Special(Vec<usize>),
+    Lease(Vec<usize>),
+    /// Leases, with the op that each belongs to.
+    Ack(Vec<(usize, Lease)>),
+    One(usize),
+}
+
+/// Sorts the chosen ops by queue, in the order in which the queues appear.
+pub fn split(ops: &[Op], is_chosen: impl Fn(usize) -> bool) -> Vec<Part> {
+    let mut parts: Vec<Part> = Vec::new();
+    let mut known: HashMap<&Name, usize, RandomState> = HashMap::default();
+    for (place, op) in ops.iter().enumerate().filter(|(place, _)| is_chosen(*place)) {
+        let at = *known.entry(&op.queue).or_insert_with(|| {
+            parts.push(Part { queue: op.queue.clone(), creates: false, places: Vec::new(), runs: Vec::new() });
+            parts.len() - 1
+        });
+        parts[at].push(place, &op.action);
+    }
+    parts
+}
+
+/// Whether an op may be sent twice: the second time changes nothing and is answered alike. An enqueue with an id is not
+/// among them: the second answer would name the first's job as another's.
+pub fn is_repeatable(action: &Action) -> bool {
+    matches!(
+        action,
+        Action::Ack { .. }
+            | Action::Fail { .. }
+            | Action::Release { .. }
+            | Action::Extend { .. }
+            | Action::Progress { .. }
+            | Action::Job { .. }
+            | Action::Peek { .. }
+            | Action::Len { .. }
+            | Action::Stats
+            | Action::Pause { .. }
+            | Action::DeadGet { .. }
+            | Action::Tick
+    )
+}
+
+fn is_plain(action: &Action) -> bool {
+    matches!(action, Action::Enqueue { policy, start: Start::Now, .. }
+        if policy.priority == 0 && policy.ttl == 0 && policy.id.is_none() && policy.unique.is_none())
+}
+
+impl Part {
+    fn push(&mut self, place: usize, action: &Action) {
+        let own = self.places.len();
+        self.places.push(place);
+        self.creates |= matches!(action, Action::Enqueue { .. } | Action::Pause { .. });
+        match (action, self.runs.last_mut()) {
+            (Action::Enqueue { payloads, .. }, _) if payloads.is_empty() => {}
+            (Action::Lease { tokens, .. }, _) if tokens.is_empty() => {}
+            (Action::Enqueue { .. }, Some(Run::Plain(run))) if is_plain(action) => run.push(own),
+            (Action::Enqueue { .. }, _) if is_plain(action) => self.runs.push(Run::Plain(vec![own])),
+            (Action::Enqueue { .. }, Some(Run::Special(run))) => run.push(own),
+            (Action::Enqueue { .. }, _) => self.runs.push(Run::Special(vec![own])),
+            (Action::Lease { .. }, Some(Run::Lease(run))) => run.push(own),
+            (Action::Lease { .. }, _) => self.runs.push(Run::Lease(vec![own])),
+            (Action::Ack { leases, .. }, _) => self.push_leases(own, leases),
+            _ => self.runs.push(Run::One(own)),
+        }
+    }
+
+    /// The script reads all jobs of a run before it writes, so that a job named twice needs a second run.
+    fn push_leases(&mut self, own: usize, leases: &[Lease]) {
+        let mut seen: HashSet<u64, RandomState> = match self.runs.last() {
+            Some(Run::Ack(run)) => run.iter().map(|(_, lease)| lease.seq).collect(),
+            _ => HashSet::default(),
+        };
+        for lease in leases {
+            let is_new = seen.insert(lease.seq);
+            match self.runs.last_mut() {
+                Some(Run::Ack(run)) if is_new => run.push((own, *lease)),
+                _ => {
+                    seen = HashSet::from_iter([lease.seq]);
+                    self.runs.push(Run::Ack(vec![(own, *lease)]));
+                }
+            }
+        }
+    }
+
+    /// The places of the part's ops in the batch.
+    pub fn places(&self) -> impl Iterator<Item = usize> {
+        self.places.iter().copied()
+    }
+
+    fn action<'a>(&self, ops: &'a [Op], own: usize) -> &'a Action {
+        &ops[self.places[own]].action
+    }
+
+    pub fn command(&self, digest: &str, keys: &Keys, rules: &Rules, ops: &[Op], at: Option<UnixMs>) -> Cmd {
+        let mut command = redis::cmd("EVALSHA");
+        command.arg(digest).arg(QUEUE_KEYS.len());
+        let mut key = keys.of_queue(&self.queue);
+        let prefix = key.len();
+        for kind in QUEUE_KEYS {
+            key.truncate(prefix);
+            key.push_str(kind);
+            command.arg(key.as_bytes());
+        }
+        let mut scratch = BytesMut::with_capacity(1024);
+        put_header(&mut scratch, keys, rules, &self.queue, at);
+        command.arg(&scratch[..]);
+        for run in &self.runs {
+            self.put_run(&mut command, &mut scratch, run, ops);
+        }
+        command
+    }
+
+    fn put_run(&self, command: &mut Cmd, scratch: &mut BytesMut, run: &Run, ops: &[Op]) {
+        match run {
+            Run::Plain(run) | Run::Special(run) => {
+                let is_special = !run.iter().all(|own| is_plain(self.action(ops, *own)));
+                let jobs = run.iter().map(|own| jobs_of(self.action(ops, *own))).sum::<usize>();
+                command.arg(if is_special { "E" } else { "e" }).arg(jobs);
+                for own in run {
+                    put_jobs(command, scratch, self.action(ops, *own), is_special);
+                }
+            }
+            Run::Lease(run) => {
+                let actions = run.iter().map(|own| self.action(ops, *own));
+                put_leases(command, scratch, actions);
+            }
+            Run::Ack(run) => self.put_acks(command, scratch, run, ops),
+            Run::One(own) => put_one(command, scratch, self.action(ops, *own)),
+        }
+    }
+
+    fn put_acks(&self, command: &mut Cmd, scratch: &mut BytesMut, run: &[(usize, Lease)], ops: &[Op]) {
+        scratch.clear();
+        run.iter().for_each(|(_, lease)| put_lease(scratch, *lease));
+        command.arg("a").arg(&scratch[..]);
+        scratch.clear();
+        let mut results: Vec<&[u8]> = Vec::new();
+        let mut jobs = 0u32;
+        for (own, _) in run {
+            let result = match self.action(ops, *own) {
+                Action::Ack { result, .. } => cut(result),
+                _ => &[],
+            };
+            if results.last().is_some_and(|last| *last != result) {
+                scratch.put_u32(jobs);
+                jobs = 0;
+            }
+            if jobs == 0 {
+                results.push(result);
+            }
+            jobs += 1;
+        }
+        scratch.put_u32(jobs);
+        command.arg(&scratch[..]);
+        results.into_iter().for_each(|result| {
+            command.arg(result);
+        });
+    }
+
+    /// An outcome for each op of the part in order, and the queue's effect; `None` when this is no answer of the script.
+    pub fn decode(&self, answer: Value, ops: &[Op]) -> Option<(Vec<Outcome>, Effect)> {
+        let mut answer = list(answer)?.into_iter();
+        let mut runs = list(answer.next()?)?.into_iter();
+        let (ready, load, due, now) =
+            (int(&answer.next()?)?, int(&answer.next()?)?, int(&answer.next()?)?, int(&answer.next()?)? as u64);
+        let mut outcomes: Vec<Outcome> =
+            (0..self.places.len()).map(|own| outcome_of_nothing(self.action(ops, own))).collect();
+        for run in &self.runs {
+            let value = runs.next()?;
+            match run {
+                Run::Plain(run) => {
+                    let mut seq = int(&value)? as u64;
+                    for own in run {
+                        let jobs = jobs_of(self.action(ops, *own)) as u64;
+                        outcomes[*own] = Outcome::Enqueued((seq..seq + jobs).map(Placed::Added).collect());
+                        seq += jobs;
+                    }
+                }
+                Run::Special(run) => {
+                    let mut placed = list(value)?.into_iter();
+                    for own in run {
+                        let jobs = jobs_of(self.action(ops, *own));
+                        let placed: Option<Vec<_>> = placed.by_ref().take(jobs).map(read_placed).collect();
+                        outcomes[*own] = Outcome::Enqueued(placed.filter(|placed| placed.len() == jobs)?);
+                    }
+                }
+                Run::Lease(run) => self.read_deliveries(value, run, ops, now, &mut outcomes)?,
+                Run::Ack(run) => {
+                    let counted = text(value)?;
+                    for ((own, _), mark) in run.iter().zip(counted.iter()) {
+                        if let (Outcome::Count(count), b'1') = (&mut outcomes[*own], mark) {
+                            *count += 1;
+                        }
+                    }
+                }
+                Run::One(own) => outcomes[*own] = read_one(self.action(ops, *own), value, now)?,
+            }
+        }
+        let effect = Effect {
+            queue: self.queue.clone(),
+            ready: ready as u64,
+            load: load as u64,
+            due_in: u64::try_from(due).ok(),
+        };
+        Some((outcomes, effect))
+    }
+
+    fn read_deliveries(
+        &self,
+        value: Value,
+        run: &[usize],
+        ops: &[Op],
+        now: UnixMs,
+        outcomes: &mut [Outcome],
+    ) -> Option<()> {
+        let mut value = list(value)?.into_iter();
+        let (mut seqs, mut spent) = (text(value.next()?)?, text(value.next()?)?);
+        let mut records = list(value.next()?)?.into_iter();
+        for own in run {
+            let Action::Lease { tokens, lease_ms, .. } = self.action(ops, *own) else { return None };
+            let mut deliveries = Vec::new();
+            for token in tokens {
+                let Some(record) = records.next() else { break };
+                let (enqueued_at, spec) = read_record(text(record)?)?;
+                deliveries.push(Delivery {
+                    lease: Lease { seq: short(&mut seqs)?, token: *token },
+                    spec,
+                    attempt: if spent.is_empty() { 1 } else { spent.try_get_u32().ok()?.saturating_add(1) },
+                    enqueued_at,
+                    lease_until: now + (*lease_ms).min(SHORT_MAX),
+                });
+            }
+            outcomes[*own] = Outcome::Leased(deliveries);
+        }
+        Some(())
+    }
+}
+
+fn jobs_of(action: &Action) -> usize {
+    match action {
+        Action::Enqueue { payloads, .. } => payloads.len(),
+        _ => 1,
+    }
+}
+
+/// What an op answers that names no job at all, and where counting begins.
+fn outcome_of_nothing(action: &Action) -> Outcome {
+    match action {
+        Action::Enqueue { .. } => Outcome::Enqueued(Vec::new()),
+        Action::Lease { .. } => Outcome::Leased(Vec::new()),
+        _ => Outcome::Count(0),
+    }
+}
+
+fn put_short(out: &mut BytesMut, number: u64) {
+    out.put_uint(number.min(SHORT_MAX), 6);
+}
+
+fn put_lease(out: &mut BytesMut, lease: Lease) {
+    put_short(out, lease.seq);
+    put_short(out, lease.token);
+}
+
+fn put_bytes(out: &mut BytesMut, bytes: &[u8]) {
+    let bytes = cut(bytes);
+    out.put_u16(bytes.len() as u16);
+    out.put_slice(bytes);
+}
+
+/// What is kept of a text.
+fn cut(bytes: &[u8]) -> &[u8] {
+    &bytes[..bytes.len().min(TEXT_BYTES_MAX)]
+}
+
+fn put_header(out: &mut BytesMut, keys: &Keys, rules: &Rules, queue: &Name, at: Option<UnixMs>) {
+    out.clear();
+    put_short(out, at.unwrap_or(0));
+    put_short(out, rules.retention.age_ms.min(SHORT_MAX / 4));
+    put_short(out, rules.retention.jobs);
+    out.put_u32(rules.lapses_max);
+    out.put_u32(BULK_JOBS_MAX as u32);
+    put_bytes(out, keys.wake().as_bytes());
+    put_bytes(out, queue.as_str().as_bytes());
+}
+
+fn put_jobs(command: &mut Cmd, scratch: &mut BytesMut, action: &Action, is_special: bool) {
+    let Action::Enqueue { policy, payloads, start } = action else { return };
+    for payload in payloads {
+        if is_special {
+            scratch.clear();
+            let (mode, when) = match start {
+                Start::Now => (b'n', 0),
+                Start::Delay(delay) => (b'd', *delay),
+                Start::At(point) => (b'a', *point),
+            };
+            scratch.put_u8(mode);
+            put_short(scratch, when.min(SHORT_MAX / 4));
+            put_bytes(scratch, policy.id.as_deref().unwrap_or_default());
+            put_bytes(scratch, policy.unique.as_ref().map_or(&[][..], |(key, _)| key));
+            if let Some((_, span)) = &policy.unique {
+                put_short(scratch, *span);
+            }
+            command.arg(&scratch[..]);
+        }
+        scratch.clear();
+        Spec { policy: policy.clone(), payload: payload.clone() }.encode_into(scratch);
+        command.arg(&scratch[..]);
+    }
+}
+
+fn put_leases<'a>(command: &mut Cmd, scratch: &mut BytesMut, actions: impl Iterator<Item = &'a Action>) {
+    scratch.clear();
+    let mut parties: Vec<(u32, u64, &[u8])> = Vec::new();
+    for action in actions {
+        let Action::Lease { tokens, lease_ms, worker } = action else { continue };
+        tokens.iter().for_each(|token| put_short(scratch, *token));
+        match parties.last_mut() {
+            Some((jobs, ms, by)) if (*ms, *by) == (*lease_ms, &worker[..]) => *jobs += tokens.len() as u32,
+            _ => parties.push((tokens.len() as u32, *lease_ms, worker)),
+        }
+    }
+    command.arg("l").arg(&scratch[..]);
+    scratch.clear();
+    for (jobs, lease_ms, worker) in parties {
+        scratch.put_u32(jobs);
+        put_short(scratch, lease_ms);
+        put_bytes(scratch, worker);
+    }
+    command.arg(&scratch[..]);
+}
+
+fn state_char(state: JobState) -> &'static str {
+    match state {
+        JobState::Ready => "R",
+        JobState::Scheduled => "S",
+        JobState::Leased => "L",
+        JobState::Dead => "D",
+        JobState::Completed => "C",
+        JobState::Cancelled => "X",
+        JobState::Expired => "E",
+    }
+}
+
+fn read_state(char: u8) -> Option<JobState> {
+    Some(match char {
+        b'R' | b'r' => JobState::Ready,
+        b'S' => JobState::Scheduled,
+        b'L' => JobState::Leased,
+        b'D' => JobState::Dead,
+        b'C' => JobState::Completed,
+        b'X' => JobState::Cancelled,
+        b'E' => JobState::Expired,
+        _ => return None,
+    })
+}
+
+fn put_ref(command: &mut Cmd, scratch: &mut BytesMut, job: &JobRef) {
+    scratch.clear();
+    match job {
+        JobRef::Seq(seq) => {
+            scratch.put_u8(b's');
+            put_short(scratch, *seq);
+        }
+        JobRef::Chosen(id) => {
+            scratch.put_u8(b'i');
+            scratch.put_slice(id);
+        }
+    }
+    command.arg(&scratch[..]);
+}
+
+fn put_refs(command: &mut Cmd, scratch: &mut BytesMut, op: &str, jobs: &[JobRef]) {
+    command.arg(op).arg(jobs.len());
+    jobs.iter().for_each(|job| put_ref(command, scratch, job));
+}
+
+/// An op that the script does alone: its letter and its arguments.
+fn put_one(command: &mut Cmd, scratch: &mut BytesMut, action: &Action) {
+    if let Action::Fail { lease, .. }
+    | Action::Release { lease, .. }
+    | Action::Extend { lease, .. }
+    | Action::Progress { lease, .. } = action
+    {
+        scratch.clear();
+        put_lease(scratch, *lease);
+    }
+    match action {
+        Action::Fail { error, trace, retry_in, dead, .. } => {
+            command.arg("f").arg(&scratch[..]);
+            match (dead, retry_in) {
+                (true, _) => command.arg("D"),
+                (false, None) => command.arg(""),
+                (false, Some(delay)) => command.arg(*delay),
+            };
+            command.arg(cut(error)).arg(cut(trace));
+        }
+        Action::Release { delay, .. } => {
+            command.arg("r").arg(&scratch[..]).arg(*delay);
+        }
+        Action::Extend { lease_ms, .. } => {
+            command.arg("x").arg(&scratch[..]).arg(*lease_ms);
+        }
+        Action::Progress { percent, text, .. } => {
+            command.arg("p").arg(&scratch[..]).arg(*percent).arg(cut(text));
+        }
+        Action::Cancel { job } => put_ref(command.arg("c"), scratch, job),
+        Action::Job { job } => put_ref(command.arg("j"), scratch, job),
+        Action::DeadGet { job } => put_ref(command.arg("g"), scratch, job),
+        Action::Peek { state, offset, count } => {
+            command
+                .arg("k")
+                .arg(state_char(*state))
+                .arg(*offset.min(&PAGE_MAX))
+                .arg(*count.min(&(PAGE_JOBS_MAX as u64)));
+        }
+        Action::Len { state } => {
+            command.arg("n").arg(state_char(*state));
+        }
+        Action::Stats => {
+            command.arg("s");
+        }
+        Action::Pause { paused } => {
+            command.arg("P").arg(u8::from(*paused));
+        }
+        Action::Purge { state } => {
+            command.arg("u").arg(state_char(*state));
+        }
+        Action::DeadRetry { jobs } => put_refs(command, scratch, "R", jobs),
+        Action::DeadDelete { jobs } => put_refs(command, scratch, "D", jobs),
+        Action::DeadRetryAll { until } => {
+            command.arg("A");
+            match until {
+                Some(until) => command.arg(*until.min(&SHORT_MAX)),
+                None => command.arg("-1"),
+            };
+        }
+        Action::Tick | Action::Enqueue { .. } | Action::Lease { .. } | Action::Ack { .. } => {
+            command.arg("t");
+        }
+    }
+}
+
+fn list(value: Value) -> Option<Vec<Value>> {
+    match value {
+        Value::Array(values) => Some(values),
+        _ => None,
+    }
+}
+
+fn int(value: &Value) -> Option<i64> {
+    match value {
+        Value::Int(number) => Some(*number),
+        // Some servers answer a float where a script returns a number that it computed as one.
+        Value::Double(number) => Some(*number as i64),
+        Value::BulkString(text) => std::str::from_utf8(text).ok()?.parse::<f64>().ok().map(|number| number as i64),
+        _ => None,
+    }
+}
+
+fn text(value: Value) -> Option<Bytes> {
+    match value {
+        Value::BulkString(text) => Some(text.into()),
+        Value::SimpleString(text) => Some(text.into()),
+        _ => None,
+    }
+}
+
+fn short(from: &mut Bytes) -> Option<u64> {
+    from.try_get_uint(6).ok()
+}
+
+fn short_text(from: &mut Bytes) -> Option<Bytes> {
+    let len = from.try_get_u16().ok()? as usize;
+    (from.len() >= len).then(|| from.split_to(len))
+}
+
+fn read_record(record: Bytes) -> Option<(UnixMs, Spec)> {
+    let stamp = std::str::from_utf8(record.get(..STAMP_DIGITS)?).ok()?.parse().ok()?;
+    Some((stamp, Spec::decode(&record.slice(STAMP_DIGITS..))?))
+}
+
+fn read_placed(value: Value) -> Option<Placed> {
+    if let Some(seq) = int(&value) {
+        return Some(Placed::Added(seq as u64));
+    }
+    let mut held = list(value)?.into_iter();
+    let seq = int(&held.next()?)? as u64;
+    Some(Placed::Held { seq, chosen: held.next().and_then(text) })
+}
+
+/// A job as `rules.lua` shows it: seq, record, state record or nothing.
+fn read_view(value: Value) -> Option<JobView> {
+    let mut parts = list(value)?.into_iter();
+    let seq = short(&mut text(parts.next()?)?)?;
+    let (enqueued_at, spec) = read_record(text(parts.next()?)?)?;
+    let mut state = text(parts.next()?)?;
+    let mut view = JobView {
+        seq,
+        spec,
+        state: JobState::Ready,
+        enqueued_at,
+        attempt: 1,
+        lapses: 0,
+        redrives: 0,
+        due_at: None,
+        lease_until: None,
+        started_at: None,
+        finished_at: None,
+        worker: Bytes::new(),
+        error: Bytes::new(),
+        trace: Bytes::new(),
+        result: Bytes::new(),
+        progress: None,
+        progress_text: Bytes::new(),
+    };
+    if state.is_empty() {
+        return Some(view);
+    }
+    view.state = read_state(state.try_get_u8().ok()?)?;
+    // Token, flags, verdict, answer and place say nothing to a client.
+    state = state.get(15..).map(|rest| state.slice_ref(rest))?;
+    view.attempt = state.try_get_u32().ok()?.saturating_add(1);
+    view.lapses = state.try_get_u32().ok()?;
+    view.redrives = state.try_get_u32().ok()?;
+    let (time, started) = (short(&mut state)?, short(&mut state)?);
+    match view.state {
+        JobState::Scheduled => view.due_at = Some(time),
+        JobState::Leased => view.lease_until = Some(time),
+        JobState::Ready => {}
+        _ => view.finished_at = Some(time),
+    }
+    view.started_at = (started > 0).then_some(started);
+    view.progress = Some(state.try_get_u8().ok()?).filter(|percent| *percent <= 100);
+    view.worker = short_text(&mut state)?;
+    view.error = short_text(&mut state)?;
+    view.trace = short_text(&mut state)?;
+    view.progress_text = short_text(&mut state)?;
+    view.result = state;
+    Some(view)
+}
+
+fn read_stats(value: Value, now: UnixMs) -> Option<Stats> {
+    let numbers: Option<Vec<i64>> = list(value)?.iter().map(int).collect();
+    let mut numbers = numbers?.into_iter();
+    let mut next = || numbers.next().map(|number| number as u64);
+    Some(Stats {
+        ready: next()?,
+        scheduled: next()?,
+        leased: next()?,
+        dead: next()?,
+        completed_kept: next()?,
+        cancelled_kept: next()?,
+        expired_kept: next()?,
+        enqueued: next()?,
+        delivered: next()?,
+        completed: next()?,
+        failed: next()?,
+        lapsed: next()?,
+        released: next()?,
+        died: next()?,
+        redriven: next()?,
+        cancelled: next()?,
+        expired: next()?,
+        paused: next()? != 0,
+        oldest_ready_at: numbers.next().and_then(|at| u64::try_from(at).ok()),
+        now,
+    })
+}
+
+fn read_one(action: &Action, value: Value, now: UnixMs) -> Option<Outcome> {
+    Some(match (action, value) {
+        (Action::Job { .. } | Action::DeadGet { .. }, Value::Nil) => Outcome::Job(None),
+        (Action::Job { .. } | Action::DeadGet { .. }, value) => Outcome::Job(Some(Box::new(read_view(value)?))),
+        (Action::Peek { .. }, value) => Outcome::Jobs(list(value)?.into_iter().map(read_view).collect::<Option<_>>()?),
+        (Action::Stats, value) => Outcome::Stats(Box::new(read_stats(value, now)?)),
+        (Action::Purge { .. } | Action::DeadRetryAll { .. }, value) => {
+            let moved = list(value)?;
+            Outcome::Moved { count: int(moved.first()?)? as u64, next: u64::try_from(int(moved.get(1)?)?).ok() }
+        }
+        (_, Value::BulkString(word)) => match word.first()? {
+            b'O' => Outcome::Done,
+            b'N' => Outcome::NoSuchJob,
+            b'!' => Outcome::LeaseLost,
+            state => Outcome::State(read_state(*state)?),
+        },
+        (Action::Extend { .. }, value) => Outcome::Until(int(&value)? as u64),
+        (_, value) => Outcome::Count(int(&value)? as u64),
+    })
+}

@@ -1,0 +1,97 @@
+-- The rules of one queue of one shard, in Lua: `src/shard/mod.rs`, "The state machine", is the specification.
+--
+-- One call applies the ops of one queue in order. The script is these files, one after the other: begin (what all
+-- need), flow (the hot ones: enqueue, lease, ack), rules (all else, built only when it is needed) and finish (the
+-- ops one by one, then what every call leaves behind). It is Lua 5.1 and 5.4 alike, and whatever can be refused is
+-- refused before the first write.
+--
+-- KEYS, all of one slot:
+--   meta       string   the counters, packed (META_FORMAT)
+--   jobs       hash     seq -> 13 digits of the enqueue time, then the record of `Spec::encode`; never changes
+--   state      hash     seq -> state record (below), for jobs that are not as their enqueue left them
+--   ready      list     seqs of priority 0 in the order of their places; holds ghosts: jobs that ended while they waited
+--   ranked     zset     ready seqs of other priorities, and those given back at their old place: -priority * 2^42 + place
+--   scheduled, leased, expiring, dead      zsets of seqs by due time, lease end, end of ttl, time of death
+--   held       hash     "i" id -> seq; "u" unique key -> seq and the time until which it is held (0: no end)
+--   completed, cancelled, expired          lists of the seqs that are kept, oldest first
+-- ARGV: the header, then the ops. The answer: {outcomes, ready, load, due (-1: nothing), now}.
+--
+-- A seq is 6 bytes big-endian, so that members of one score sort by number. A state record:
+--   1 state: R ready in the list, r ready in `ranked`, S scheduled, L leased, D dead, C completed, X cancelled, E expired
+--   2 token (6)   8 flags of the record   9 last verdict: A ack, F fail, R release, P lapse, - none
+--   10 the state that the verdict answered   11 place (6), of jobs that are over the order in which they ended
+--   17 spent (4)   21 lapses (4)   25 redrives (4)   29 due time, lease end or time of the end (6)
+--   35 started (6)   41 progress, 255 none   42 worker, error, trace, progress text (2 and bytes each), result (the rest)
+
+local call = redis.call
+local sub, byte, char, format = string.sub, string.byte, string.char, string.format
+local pack, parse = struct.pack, struct.unpack
+local spread = table.unpack or unpack
+local META, JOBS, STATE, READY, RANKED, SCHEDULED, LEASED = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local EXPIRING, DEAD, HELD, COMPLETED, CANCELLED, EXPIRED = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12], KEYS[13]
+local META_FORMAT = '<dddddddddddddddddddddddddd'
+local NOBODY = '\0\0\0\0\0\0'
+
+local now, keep_ms, keep_jobs, lapses_max, bulk_max = parse('>I6I6I6I4I4', ARGV[1])
+if now == 0 then
+  local time = call('TIME')
+  now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+-- Sends a command with any number of arguments; 6000 is even, so that pairs stay together.
+local function send(command, key, list)
+  local count = #list
+  if count <= 6000 then
+    return call(command, key, spread(list))
+  end
+  local sum = 0
+  for first = 1, count, 6000 do
+    local answer = call(command, key, spread(list, first, math.min(first + 5999, count)))
+    sum = sum + (tonumber(answer) or 0)
+  end
+  return sum
+end
+
+-- The fields of a hash, any number of them; `false` where there is none.
+local function fetch(key, fields)
+  local count = #fields
+  if count == 0 then
+    return fields
+  elseif count <= 6000 then
+    return call('HMGET', key, spread(fields))
+  end
+  local values = {}
+  for first = 1, count, 6000 do
+    local part = call('HMGET', key, spread(fields, first, math.min(first + 5999, count)))
+    for i = 1, #part do
+      values[first + i - 1] = part[i]
+    end
+  end
+  return values
+end
+
+local meta_was = call('GET', META) or string.rep('\0', 208)
+local M
+do
+  local seq, paused, ready, scheduled, leased, dead, completed_kept, cancelled_kept, expired_kept, enqueued, delivered,
+    completed, failed, lapsed, released, died, redriven, cancelled, expired, ranked, odd, ttl, held, ended, keep_until, due =
+    parse(META_FORMAT, meta_was)
+  M = {
+    seq = seq, paused = paused, ready = ready, scheduled = scheduled, leased = leased, dead = dead,
+    completed_kept = completed_kept, cancelled_kept = cancelled_kept, expired_kept = expired_kept,
+    enqueued = enqueued, delivered = delivered, completed = completed, failed = failed, lapsed = lapsed,
+    released = released, died = died, redriven = redriven, cancelled = cancelled, expired = expired,
+    ranked = ranked, -- members of `ranked`
+    odd = odd, -- entries of the list `ready` that are ghosts or have a state record
+    ttl = ttl, -- members of `expiring`
+    held = held, -- 1 once the queue has seen an id or a unique key
+    ended = ended, -- counts what was put on the lists of the kept, so that the three have one order
+    keep_until = keep_until, -- no kept job is too old before this
+    due = due, -- when the next thing falls due; 0 for never
+  }
+end
+local ready_was = M.paused == 0 and M.ready or 0
+local at = 2 -- the next argument
+local shed = false -- the list `ready` has got a ghost
+local rules -- what rules.lua makes, once it is needed
+local make_rules

@@ -1,0 +1,67 @@
+-- The ops, between what has fallen due before and what is kept after.
+
+if M.due > 0 and M.due <= now then
+  rules = make_rules()
+  rules.tick(bulk_max)
+end
+if M.keep_until > 0 and M.keep_until <= now then
+  rules = rules or make_rules()
+  rules.trim()
+end
+
+local outcomes = {}
+while ARGV[at] do
+  local op = ARGV[at]
+  at = at + 1
+  if op == 'e' then
+    outcomes[#outcomes + 1] = enqueue_plain()
+  elseif op == 'l' then
+    outcomes[#outcomes + 1] = lease()
+  elseif op == 'a' then
+    outcomes[#outcomes + 1] = ack()
+  else
+    rules = rules or make_rules()
+    outcomes[#outcomes + 1] = rules.ops[op]()
+  end
+end
+
+local excess = M.completed_kept + M.cancelled_kept + M.expired_kept - keep_jobs
+if excess > 0 or M.keep_until > 0 and M.keep_until <= now then
+  rules = rules or make_rules()
+  if M.cancelled_kept + M.expired_kept == 0 and M.keep_until > now then
+    rules.trim_completed(math.min(excess, bulk_max))
+  else
+    rules.trim()
+  end
+end
+if shed then
+  rules.shed_ghosts()
+end
+
+local due = 0
+local function see(key, count)
+  if count > 0 then
+    local head = tonumber(call('ZRANGE', key, '0', '0', 'WITHSCORES')[2])
+    if head and (due == 0 or head < due) then
+      due = head
+    end
+  end
+end
+see(LEASED, M.leased)
+see(SCHEDULED, M.scheduled)
+see(EXPIRING, M.ttl)
+M.due = due
+
+local meta_is = pack(META_FORMAT, M.seq, M.paused, M.ready, M.scheduled, M.leased, M.dead, M.completed_kept, M.cancelled_kept,
+  M.expired_kept, M.enqueued, M.delivered, M.completed, M.failed, M.lapsed, M.released, M.died, M.redriven, M.cancelled,
+  M.expired, M.ranked, M.odd, M.ttl, M.held, M.ended, M.keep_until, M.due)
+if meta_is ~= meta_was then
+  call('SET', META, meta_is)
+end
+
+local ready = M.paused == 0 and M.ready or 0
+if ready_was == 0 and ready > 0 then
+  local channel, queue = parse('>I2c0I2c0', ARGV[1], 27)
+  call('PUBLISH', channel, queue)
+end
+return {outcomes, ready, M.ready + M.leased + M.scheduled, due == 0 and -1 or math.max(due - now, 0), now}

@@ -1,0 +1,130 @@
+-- Jobs without an id, a unique key, a ttl, a priority or a delay.
+-- ARGV: count, records. Answers the first seq.
+local function enqueue_plain()
+  local count, seq, stamp = tonumber(ARGV[at]), M.seq, format('%013.0f', now)
+  local seqs, pairs = {}, {}
+  for i = 1, count do
+    local job = pack('>I6', seq + i)
+    seqs[i] = job
+    pairs[2 * i - 1] = job
+    pairs[2 * i] = stamp .. ARGV[at + i]
+  end
+  at = at + count + 1
+  send('HSET', JOBS, pairs)
+  send('RPUSH', READY, seqs)
+  M.seq = seq + count
+  M.ready = M.ready + count
+  M.enqueued = M.enqueued + count
+  return seq + 1
+end
+
+-- Leases jobs, one for each token, for any number of ops.
+-- ARGV: tokens (6 each), parties (jobs 4, lease_ms 6, worker 2 and bytes). Answers {seqs, spent (4 each) or "", records}.
+local function lease()
+  local tokens, parties = ARGV[at], ARGV[at + 1]
+  at = at + 2
+  local count = math.min(#tokens / 6, M.ready)
+  if M.paused ~= 0 or count == 0 then
+    return {'', '', {}}
+  end
+  local seqs, records, states
+  if M.ranked == 0 and M.odd == 0 then
+    seqs = call('LPOP', READY, format('%.0f', count))
+    records = fetch(JOBS, seqs)
+  else
+    rules = rules or make_rules()
+    seqs, records, states = rules.take(count)
+    count = #seqs
+  end
+  local changes, ends, began, spent = {}, {}, pack('>I6', now), ''
+  local i, position = 0, 1
+  while i < count do
+    local jobs, lease_ms, worker
+    jobs, lease_ms, worker, position = parse('>I4I6I2c0', parties, position)
+    local until_text = format('%.0f', now + lease_ms)
+    local times = pack('>I6', now + lease_ms) .. began
+    local text = pack('>I2c0', #worker, worker)
+    local plain = '\0\0\0\0\0\0\0\0\0\0\0\0' .. times .. '\255' .. text .. '\0\0\0\0\0\0'
+    for j = i + 1, math.min(i + jobs, count) do
+      local job, state = seqs[j], states and states[j]
+      changes[2 * j - 1] = job
+      if state then
+        changes[2 * j] = rules.leased_again(state, sub(tokens, 6 * j - 5, 6 * j), times, worker)
+      else
+        changes[2 * j] = 'L' .. sub(tokens, 6 * j - 5, 6 * j) .. sub(records[j], 14, 14) .. '--' .. job .. plain
+      end
+      ends[2 * j - 1] = until_text
+      ends[2 * j] = job
+    end
+    i = i + jobs
+  end
+  if count > 0 then
+    send('HSET', STATE, changes)
+    send('ZADD', LEASED, ends)
+    if M.ttl > 0 then
+      M.ttl = M.ttl - send('ZREM', EXPIRING, seqs)
+    end
+    if states then
+      spent = rules.spent(states, count)
+    end
+    M.ready = M.ready - count
+    M.leased = M.leased + count
+    M.delivered = M.delivered + count
+  end
+  return {table.concat(seqs), spent, records}
+end
+
+-- Completes jobs, for any number of ops; no job is named twice.
+-- ARGV: leases (seq 6, token 6), groups (jobs 4), the result of each group. Answers "1" or "0" for each lease.
+local function ack()
+  local leases, groups = ARGV[at], ARGV[at + 1]
+  at = at + 2
+  local count = #leases / 12
+  local seqs, counted = {}, {}
+  for i = 1, count do
+    seqs[i] = sub(leases, 12 * i - 11, 12 * i - 6)
+  end
+  local states = fetch(STATE, seqs)
+  local changes, done = {}, {}
+  local ended = pack('>I6', M.ended + 1)
+  local over = pack('>I6', now)
+  local i, n = 0, 0
+  for group = 1, #groups, 4 do
+    local result = ARGV[at]
+    at = at + 1
+    for j = i + 1, i + parse('>I4', groups, group) do
+      local state, mark = states[j], '0'
+      if state and sub(state, 2, 7) == sub(leases, 12 * j - 5, 12 * j) then
+        if byte(state, 1) == 76 then
+          if M.held ~= 0 then
+            rules = rules or make_rules()
+            rules.free_key(seqs[j], state)
+          end
+          n = n + 1
+          done[n] = seqs[j]
+          changes[2 * n - 1] = seqs[j]
+          changes[2 * n] = 'C' .. sub(state, 2, 8) .. 'AC' .. ended .. sub(state, 17, 28) .. over .. sub(state, 35) .. result
+          mark = '1'
+        else
+          rules = rules or make_rules()
+          mark = rules.ack_late(seqs[j], state, result)
+        end
+      end
+      counted[j] = mark
+      i = j
+    end
+  end
+  if n > 0 then
+    send('ZREM', LEASED, done)
+    send('HSET', STATE, changes)
+    send('RPUSH', COMPLETED, done)
+    if M.completed_kept + M.cancelled_kept + M.expired_kept == 0 then
+      M.keep_until = now + keep_ms
+    end
+    M.ended = M.ended + 1
+    M.leased = M.leased - n
+    M.completed = M.completed + n
+    M.completed_kept = M.completed_kept + n
+  end
+  return table.concat(counted)
+end

@@ -1,0 +1,802 @@
+-- Everything that is not the straight way of a job. Built on first use, since making functions costs each call.
+-- A job is here a table with the parts of its state record, its seq as `job`, and its `record`.
+function make_rules()
+  local rules = {}
+  local KEPT = {C = COMPLETED, X = CANCELLED, E = EXPIRED}
+  local KEPT_COUNT = {C = 'completed_kept', X = 'cancelled_kept', E = 'expired_kept'}
+  local INDEX = {r = RANKED, S = SCHEDULED, L = LEASED, D = DEAD}
+  local COUNT = {R = 'ready', r = 'ready', S = 'scheduled', L = 'leased', D = 'dead'}
+  local PLACE_MAX = 4398046511104
+
+  local function text(number)
+    return format('%.0f', number)
+  end
+
+  local function decode(state)
+    local it = {
+      state = sub(state, 1, 1), token = sub(state, 2, 7), flags = byte(state, 8) - 64, verdict = sub(state, 9, 9),
+      answer = sub(state, 10, 10),
+    }
+    local rest
+    it.place, it.spent, it.lapses, it.redrives, it.time, it.started, it.progress, it.worker, it.error, it.trace, it.note, rest =
+      parse('>I6I4I4I4I6I6I1I2c0I2c0I2c0I2c0', state, 11)
+    it.result = sub(state, rest)
+    return it
+  end
+
+  local function save(it)
+    call('HSET', STATE, it.job, it.state .. it.token .. char(it.flags + 64) .. it.verdict .. it.answer
+      .. pack('>I6I4I4I4I6I6I1I2c0I2c0I2c0I2c0', it.place, it.spent, it.lapses, it.redrives, it.time, it.started,
+        it.progress, #it.worker, it.worker, #it.error, it.error, #it.trace, it.trace, #it.note, it.note) .. it.result)
+  end
+
+  local function has(it, flag)
+    return math.floor(it.flags / flag) % 2 == 1
+  end
+
+  -- The head of the record: priority, attempts, backoff, backoff_max, ttl.
+  local function read_head(it, record)
+    local priority, attempts, backoff, backoff_max, ttl, tail =
+      string.match(record, '^(%-?%d+),(%d+),(%d+),(%d+),(%d+)\n()', 15)
+    it.record, it.tail = record, tail
+    it.priority, it.attempts = tonumber(priority), tonumber(attempts)
+    it.backoff, it.backoff_max, it.ttl = tonumber(backoff), tonumber(backoff_max), tonumber(ttl)
+    it.enqueued = tonumber(sub(record, 1, 13))
+    return it
+  end
+
+  local function job_of(job, record, state)
+    local it
+    if state then
+      it = read_head(decode(state), record)
+      it.stored = true
+    else
+      it = read_head({
+        token = NOBODY, flags = byte(record, 14) - 64, verdict = '-', answer = '-', place = parse('>I6', job), spent = 0,
+        lapses = 0, redrives = 0, time = 0, started = 0, progress = 255, worker = '', error = '', trace = '', note = '',
+        result = '',
+      }, record)
+      it.state = it.priority == 0 and 'R' or 'r'
+    end
+    it.job = job
+    return it
+  end
+
+  local function find(job)
+    local record = job and call('HGET', JOBS, job)
+    if record then
+      return job_of(job, record, call('HGET', STATE, job))
+    end
+  end
+
+  -- The seq of a job by reference: "s" and the seq, or "i" and the id that its client chose.
+  local function resolve(reference)
+    if byte(reference) == 115 then
+      return sub(reference, 2)
+    end
+    return M.held ~= 0 and call('HGET', HELD, reference)
+  end
+
+  -- The id and the unique key with its span, as the record's tail has them.
+  local function keys_of(it)
+    local position, id, key, span = it.tail, nil, nil, nil
+    if has(it, 2) then
+      id, position = parse('>I2c0', it.record, position)
+    end
+    if has(it, 4) then
+      key, span = parse('>I2c0I8', it.record, position)
+    end
+    return id, key, span
+  end
+
+  local function free_key(it)
+    if has(it, 4) then
+      local _, key = keys_of(it)
+      local holder = call('HGET', HELD, 'u' .. key)
+      if holder and sub(holder, 1, 6) == it.job then
+        call('HDEL', HELD, 'u' .. key)
+      end
+    end
+  end
+
+  -- The job that holds a unique key now, if any.
+  local function holder_of(key)
+    local holder = call('HGET', HELD, 'u' .. key)
+    if holder then
+      local job, ends = sub(holder, 1, 6), parse('>I6', holder, 7)
+      if ends == 0 or ends > now then
+        return job
+      end
+    end
+  end
+
+  local function hold_key(job, key, span)
+    -- A span without an end in sight is none.
+    local ends = (span > 0 and now + span < 281474976710656) and now + span or 0
+    call('HSET', HELD, 'u' .. key, job .. pack('>I6', ends))
+  end
+
+  -- Takes a job out of where it waits, runs or lies.
+  local function leave(it)
+    local state = it.state
+    if state == 'R' then
+      shed = true
+      if not it.stored then
+        M.odd = M.odd + 1
+      end
+    else
+      call('ZREM', INDEX[state], it.job)
+      if state == 'r' then
+        M.ranked = M.ranked - 1
+      end
+    end
+    if it.ttl > 0 and (state == 'R' or state == 'r' or state == 'S') then
+      M.ttl = M.ttl - call('ZREM', EXPIRING, it.job)
+    end
+    M[COUNT[state]] = M[COUNT[state]] - 1
+  end
+
+  local function expire_later(it)
+    if it.ttl > 0 then
+      M.ttl = M.ttl + call('ZADD', EXPIRING, text(it.enqueued + it.ttl), it.job)
+    end
+  end
+
+  local function is_expired(it)
+    return it.ttl > 0 and it.enqueued + it.ttl <= now
+  end
+
+  -- Ready at the end of the line, or `again` at the place that it had.
+  local function make_ready(it, again)
+    if not again then
+      M.seq = M.seq + 1
+      it.place = M.seq
+    end
+    it.time = 0
+    if it.priority == 0 and not again then
+      it.state = 'R'
+      M.odd = M.odd + 1
+      call('RPUSH', READY, it.job)
+    else
+      it.state = 'r'
+      M.ranked = M.ranked + 1
+      call('ZADD', RANKED, text(it.place - it.priority * PLACE_MAX), it.job)
+    end
+    M.ready = M.ready + 1
+    expire_later(it)
+    save(it)
+  end
+
+  local function make_scheduled(it, due)
+    it.state, it.time = 'S', due
+    M.scheduled = M.scheduled + 1
+    call('ZADD', SCHEDULED, text(due), it.job)
+    expire_later(it)
+    save(it)
+  end
+
+  local function make_over(it, state)
+    free_key(it)
+    if M.completed_kept + M.cancelled_kept + M.expired_kept == 0 then
+      M.keep_until = now + keep_ms
+    end
+    M.ended = M.ended + 1
+    it.state, it.time, it.place = state, now, M.ended
+    call('RPUSH', KEPT[state], it.job)
+    M[KEPT_COUNT[state]] = M[KEPT_COUNT[state]] + 1
+    save(it)
+  end
+
+  local function make_expired(it)
+    M.expired = M.expired + 1
+    make_over(it, 'E')
+  end
+
+  local function make_dead(it)
+    free_key(it)
+    it.state, it.time = 'D', now
+    M.died = M.died + 1
+    M.dead = M.dead + 1
+    call('ZADD', DEAD, text(now), it.job)
+    save(it)
+  end
+
+  -- `backoff_delay` of `src/job.rs`; exact, since every product is below 2^53 once it is capped.
+  local function backoff(it)
+    local plain = math.min(it.backoff * 2 ^ math.min(math.max(it.spent - 1, 0), 40), it.backoff_max)
+    local jitter = plain * (parse('>I6', it.token) % 1000 - 500) / 5000
+    jitter = jitter < 0 and math.ceil(jitter) or math.floor(jitter)
+    return math.min(math.max(plain + jitter, 0), it.backoff_max)
+  end
+
+  -- Removes jobs and all that names them, except the index they were found in.
+  local function forget(seqs)
+    if #seqs == 0 then
+      return
+    end
+    if M.held ~= 0 then
+      local records = fetch(JOBS, seqs)
+      for i = 1, #seqs do
+        if records[i] then
+          local it = read_head({job = seqs[i], flags = byte(records[i], 14) - 64}, records[i])
+          free_key(it)
+          if has(it, 2) then
+            call('HDEL', HELD, 'i' .. keys_of(it))
+          end
+        end
+      end
+    end
+    if M.ttl > 0 then
+      M.ttl = M.ttl - send('ZREM', EXPIRING, seqs)
+    end
+    send('HDEL', JOBS, seqs)
+    send('HDEL', STATE, seqs)
+  end
+
+  ------------------------------------------------------------------------------------------------ for flow.lua
+
+  -- Takes up to `count` ready jobs out of the line, in order, passing over the ghosts.
+  function rules.take(count)
+    local seqs, records, states, n = {}, {}, {}, 0
+    local function keep(job, record, state)
+      n = n + 1
+      seqs[n], records[n], states[n] = job, record, state
+    end
+    local function take_ranked(top)
+      if M.ranked > 0 and n < count then
+        local found = call('ZRANGEBYSCORE', RANKED, '-inf', top, 'LIMIT', '0', text(count - n))
+        if #found > 0 then
+          local found_records, found_states = fetch(JOBS, found), fetch(STATE, found)
+          M.ranked = M.ranked - send('ZREM', RANKED, found)
+          for i = 1, #found do
+            keep(found[i], found_records[i], found_states[i])
+          end
+        end
+      end
+    end
+    take_ranked('(' .. text(PLACE_MAX))
+    while n < count do
+      local found = call('LPOP', READY, text(count - n))
+      if not found or #found == 0 then
+        break
+      end
+      local found_records, found_states = fetch(JOBS, found), fetch(STATE, found)
+      for i = 1, #found do
+        local record, state = found_records[i], found_states[i]
+        if state or not record then
+          M.odd = M.odd - 1
+        end
+        if record and (not state or byte(state) == 82) then
+          keep(found[i], record, state)
+        end
+      end
+    end
+    take_ranked('+inf')
+    return seqs, records, states
+  end
+
+  -- The state record of a job that is leased once more.
+  function rules.leased_again(state, token, times, worker)
+    local it = decode(state)
+    return 'L' .. token .. sub(state, 8, 8) .. '--' .. sub(state, 11, 28) .. times .. '\255'
+      .. pack('>I2c0I2c0I2c0I2', #worker, worker, #it.error, it.error, #it.trace, it.trace, 0)
+  end
+
+  function rules.spent(states, count)
+    local spent = {}
+    for i = 1, count do
+      spent[i] = states[i] and sub(states[i], 17, 20) or '\0\0\0\0'
+    end
+    return table.concat(spent)
+  end
+
+  function rules.free_key(job, state)
+    if math.floor((byte(state, 8) - 64) / 4) % 2 == 1 then
+      local it = find(job)
+      if it then
+        free_key(it)
+      end
+    end
+  end
+
+  -- An ack of a lease that has ended: counted where it was counted before, and where the lease only lapsed.
+  function rules.ack_late(job, state, result)
+    local verdict = sub(state, 9, 9)
+    if verdict == 'A' then
+      return '1'
+    end
+    if verdict ~= 'P' or not COUNT[sub(state, 1, 1)] then
+      return '0'
+    end
+    local it = find(job)
+    if not it then
+      return '0'
+    end
+    leave(it)
+    it.verdict, it.answer, it.result = 'A', 'C', result
+    M.completed = M.completed + 1
+    make_over(it, 'C')
+    return '1'
+  end
+
+  ------------------------------------------------------------------------------------------------ what falls due
+
+  local function lapse(it)
+    leave(it)
+    it.spent, it.lapses = it.spent + 1, it.lapses + 1
+    it.verdict, it.answer, it.trace = 'P', '-', ''
+    M.lapsed = M.lapsed + 1
+    if it.lapses >= lapses_max or it.spent >= it.attempts then
+      it.error = 'lease lapsed ' .. text(it.lapses) .. ' times: the worker crashed or hung'
+      make_dead(it)
+    else
+      it.error = 'lease lapsed (' .. text(it.lapses) .. ' of ' .. text(lapses_max) .. ')'
+      if is_expired(it) then
+        make_expired(it)
+      else
+        make_scheduled(it, now + math.max(backoff(it), 1))
+      end
+    end
+  end
+
+  local function fall_due(it)
+    leave(it)
+    if is_expired(it) then
+      make_expired(it)
+    else
+      make_ready(it)
+    end
+  end
+
+  local function expire(it)
+    leave(it)
+    make_expired(it)
+  end
+
+  -- Moves what has fallen due, at most `room` jobs.
+  function rules.tick(room)
+    local function move(key, count, change)
+      if count > 0 and room > 0 then
+        local found = call('ZRANGEBYSCORE', key, '-inf', text(now), 'LIMIT', '0', text(room))
+        room = room - #found
+        local records, states = fetch(JOBS, found), fetch(STATE, found)
+        for i = 1, #found do
+          if records[i] then
+            change(job_of(found[i], records[i], states[i]))
+          end
+        end
+      end
+    end
+    move(LEASED, M.leased, lapse)
+    move(SCHEDULED, M.scheduled, fall_due)
+    move(EXPIRING, M.ttl, expire)
+  end
+
+  -- Drops the ghosts at the head of the list, and all of them when nothing else is in it.
+  function rules.shed_ghosts()
+    if M.odd > 0 and M.ready == M.ranked then
+      call('DEL', READY)
+      M.odd = 0
+    end
+    if M.odd == 0 then
+      return
+    end
+    local head = call('LRANGE', READY, '0', '255')
+    local states, ghosts = fetch(STATE, head), 0
+    for i = 1, #head do
+      local state = states[i]
+      if state and byte(state) == 82 or not state and call('HEXISTS', JOBS, head[i]) == 1 then
+        break
+      end
+      ghosts = i
+    end
+    if ghosts > 0 then
+      call('LPOP', READY, text(ghosts))
+      M.odd = M.odd - ghosts
+    end
+  end
+
+  -- Forgets the oldest of the kept: what is too many, then what is too old; at most `bulk_max`.
+  function rules.trim()
+    local over = M.completed_kept + M.cancelled_kept + M.expired_kept - keep_jobs
+    local excess = math.min(math.max(over, 0), bulk_max)
+    local heads, last = {}, text(excess > 0 and excess or bulk_max)
+    for state, key in pairs(KEPT) do
+      if M[KEPT_COUNT[state]] > 0 then
+        local seqs = call('LRANGE', key, '0', last)
+        local states = fetch(STATE, seqs)
+        for i = 1, #seqs do
+          heads[#heads + 1] =
+            {job = seqs[i], kept = state, place = parse('>I6', states[i], 11), time = parse('>I6', states[i], 29), nth = i}
+        end
+      end
+    end
+    table.sort(heads, function(a, b)
+      return a.place < b.place or a.place == b.place and a.nth < b.nth
+    end)
+    local gone, counts = {}, {C = 0, X = 0, E = 0}
+    for i = 1, math.min(#heads, bulk_max) do
+      local head = heads[i]
+      if i > excess and head.time + keep_ms > now then
+        break
+      end
+      gone[i] = head.job
+      counts[head.kept] = counts[head.kept] + 1
+    end
+    for state, count in pairs(counts) do
+      if count > 0 then
+        call('LPOP', KEPT[state], text(count))
+        M[KEPT_COUNT[state]] = M[KEPT_COUNT[state]] - count
+      end
+    end
+    forget(gone)
+    local next = heads[#gone + 1]
+    M.keep_until = next and next.time + keep_ms or 0
+  end
+
+  -- Forgets the oldest when all of the kept are completed and only their number counts; the usual case under load.
+  function rules.trim_completed(count)
+    forget(call('LPOP', COMPLETED, text(count)))
+    M.completed_kept = M.completed_kept - count
+  end
+
+  ------------------------------------------------------------------------------------------------ the ops
+
+  -- The lease's job when this verdict may be given; else the outcome to answer.
+  local function leased(seq, token, verdict)
+    local it = find(seq)
+    if not it then
+      return nil, 'N'
+    end
+    if not it.stored or it.token ~= token then
+      return nil, '!'
+    end
+    if it.state == 'L' then
+      return it
+    end
+    if verdict and it.verdict == verdict then
+      return nil, it.answer
+    end
+    return nil, '!'
+  end
+
+  -- Makes a job wait after a verdict; answers the state.
+  local function wait(it, delay, again)
+    if is_expired(it) then
+      it.answer = 'E'
+      make_expired(it)
+    elseif delay == 0 then
+      it.answer = 'R'
+      make_ready(it, again)
+    else
+      it.answer = 'S'
+      make_scheduled(it, now + delay)
+    end
+    return it.answer
+  end
+
+  local function arguments(count)
+    at = at + count
+    return spread(ARGV, at - count, at - 1)
+  end
+
+  -- Jobs with something special. ARGV: count, then for each: what is special, and the record.
+  -- Answers for each the seq, or {seq of the holder, its chosen id or false}.
+  local function enqueue()
+    local placed = {}
+    for i = 1, tonumber(arguments(1)) do
+      local special, record = arguments(2)
+      local mode, when, id, key = parse('>c1I6I2c0I2c0', special)
+      local span = key ~= '' and parse('>I6', special, #special - 5) or 0
+      local holder = id ~= '' and call('HGET', HELD, 'i' .. id) or key ~= '' and holder_of(key)
+      if holder then
+        local it = find(holder)
+        placed[i] = {parse('>I6', holder), it and keys_of(it) or false}
+      else
+        M.seq = M.seq + 1
+        M.enqueued = M.enqueued + 1
+        local job, full = pack('>I6', M.seq), format('%013.0f', now) .. record
+        local it = job_of(job, full, nil)
+        call('HSET', JOBS, job, full)
+        if id ~= '' then
+          call('HSET', HELD, 'i' .. id, job)
+        end
+        if key ~= '' then
+          hold_key(job, key, span)
+        end
+        if id ~= '' or key ~= '' then
+          M.held = 1
+        end
+        local due = mode == 'd' and now + when or mode == 'a' and when or 0
+        if due > now then
+          it.place = 0
+          make_scheduled(it, due)
+        else
+          M.ready = M.ready + 1
+          if it.priority == 0 then
+            call('RPUSH', READY, job)
+          else
+            M.ranked = M.ranked + 1
+            call('ZADD', RANKED, text(it.place - it.priority * PLACE_MAX), job)
+          end
+          expire_later(it)
+        end
+        placed[i] = M.seq
+      end
+    end
+    return placed
+  end
+
+  local function fail()
+    local lease, how, message, trace = arguments(4)
+    local it, refusal = leased(sub(lease, 1, 6), sub(lease, 7), 'F')
+    if not it then
+      return refusal
+    end
+    leave(it)
+    it.spent, it.verdict, it.error, it.trace = it.spent + 1, 'F', message, trace
+    M.failed = M.failed + 1
+    if how == 'D' or it.spent >= it.attempts then
+      it.answer = 'D'
+      make_dead(it)
+      return 'D'
+    end
+    return wait(it, how == '' and backoff(it) or tonumber(how), false)
+  end
+
+  local function release()
+    local lease, delay = arguments(2)
+    local it, refusal = leased(sub(lease, 1, 6), sub(lease, 7), 'R')
+    if not it then
+      return refusal
+    end
+    leave(it)
+    it.verdict = 'R'
+    M.released = M.released + 1
+    return wait(it, tonumber(delay), true)
+  end
+
+  local function extend()
+    local lease, lease_ms = arguments(2)
+    local it, refusal = leased(sub(lease, 1, 6), sub(lease, 7))
+    if not it then
+      return refusal
+    end
+    it.time = now + tonumber(lease_ms)
+    call('ZADD', LEASED, text(it.time), it.job)
+    save(it)
+    return it.time
+  end
+
+  local function progress()
+    local lease, percent, note = arguments(3)
+    local it, refusal = leased(sub(lease, 1, 6), sub(lease, 7))
+    if not it then
+      return refusal
+    end
+    it.progress, it.note = tonumber(percent), note
+    save(it)
+    return 'O'
+  end
+
+  local function cancel()
+    local it = find(resolve(arguments(1)))
+    if not it or KEPT[it.state] then
+      return 0
+    end
+    leave(it)
+    M.cancelled = M.cancelled + 1
+    it.verdict = '-'
+    make_over(it, 'X')
+    return 1
+  end
+
+  local function view(it)
+    return it and {it.job, it.record, it.stored and call('HGET', STATE, it.job) or ''} or false
+  end
+
+  local function look()
+    return view(find(resolve(arguments(1))))
+  end
+
+  local function look_dead()
+    local it = find(resolve(arguments(1)))
+    return it and it.state == 'D' and view(it) or false
+  end
+
+  -- Seqs of the list `ready` without the ghosts. Ghosts can only be told by looking, up to a bound.
+  local function list_page(offset, count)
+    if M.odd == 0 then
+      return call('LRANGE', READY, text(offset), text(offset + count - 1))
+    end
+    local page, first = {}, 0
+    while #page < count and first < 20 * bulk_max do
+      local part = call('LRANGE', READY, text(first), text(first + bulk_max - 1))
+      if #part == 0 then
+        break
+      end
+      local states = fetch(STATE, part)
+      for i = 1, #part do
+        local state = states[i]
+        if state and byte(state) == 82 or not state and call('HEXISTS', JOBS, part[i]) == 1 then
+          if offset > 0 then
+            offset = offset - 1
+          elseif #page < count then
+            page[#page + 1] = part[i]
+          end
+        end
+      end
+      first = first + bulk_max
+    end
+    return page
+  end
+
+  local function ready_page(offset, count)
+    local page = {}
+    local function add(seqs)
+      for i = 1, #seqs do
+        page[#page + 1] = seqs[i]
+      end
+    end
+    local border = '(' .. text(PLACE_MAX)
+    local before = M.ranked > 0 and call('ZCOUNT', RANKED, '-inf', border) or 0
+    if offset < before then
+      add(call('ZRANGEBYSCORE', RANKED, '-inf', border, 'LIMIT', text(offset), text(count)))
+    end
+    local listed = M.ready - M.ranked
+    if #page < count and offset + #page < before + listed then
+      add(list_page(math.max(offset - before, 0), count - #page))
+    end
+    if #page < count and M.ranked > before then
+      local from = math.max(offset + #page - before - listed, 0)
+      add(call('ZRANGEBYSCORE', RANKED, text(PLACE_MAX), '+inf', 'LIMIT', text(from), text(count - #page)))
+    end
+    return page
+  end
+
+  local function page_of(state, offset, count)
+    if state == 'R' then
+      return ready_page(offset, count)
+    elseif KEPT[state] then
+      local seqs, page = call('LRANGE', KEPT[state], text(-offset - count), text(-offset - 1)), {}
+      for i = #seqs, 1, -1 do
+        page[#page + 1] = seqs[i]
+      end
+      return page
+    end
+    return call(state == 'D' and 'ZREVRANGE' or 'ZRANGE', INDEX[state], text(offset), text(offset + count - 1))
+  end
+
+  local function count_of(state)
+    return M[COUNT[state] or KEPT_COUNT[state]]
+  end
+
+  local function peek()
+    local state, offset, count = arguments(3)
+    offset, count = tonumber(offset), tonumber(count)
+    count = math.min(count, count_of(state) - offset)
+    local views = {}
+    if count > 0 then
+      local page = page_of(state, offset, count)
+      local records, states = fetch(JOBS, page), fetch(STATE, page)
+      for i = 1, #page do
+        if records[i] then
+          views[#views + 1] = {page[i], records[i], states[i] or ''}
+        end
+      end
+    end
+    return views
+  end
+
+  local function stats()
+    local first = M.ready > 0 and ready_page(0, 1)[1]
+    local record = first and call('HGET', JOBS, first)
+    return {
+      M.ready, M.scheduled, M.leased, M.dead, M.completed_kept, M.cancelled_kept, M.expired_kept, M.enqueued, M.delivered,
+      M.completed, M.failed, M.lapsed, M.released, M.died, M.redriven, M.cancelled, M.expired, M.paused,
+      record and tonumber(sub(record, 1, 13)) or -1,
+    }
+  end
+
+  local function pause()
+    M.paused = tonumber(arguments(1))
+    return 'O'
+  end
+
+  local function purge()
+    local state, seqs = arguments(1), nil
+    local count = math.min(count_of(state), bulk_max)
+    if count == 0 then
+      return {0, -1}
+    elseif state == 'R' then
+      seqs = rules.take(count)
+      M.ready = M.ready - #seqs
+    elseif KEPT[state] then
+      seqs = call('LPOP', KEPT[state], text(count))
+      M[KEPT_COUNT[state]] = M[KEPT_COUNT[state]] - #seqs
+    else
+      seqs = call('ZRANGE', INDEX[state], '0', text(count - 1))
+      send('ZREM', INDEX[state], seqs)
+      M[COUNT[state]] = M[COUNT[state]] - #seqs
+    end
+    forget(seqs)
+    return {#seqs, count_of(state) > 0 and now or -1}
+  end
+
+  -- Puts a dead job back; whether it could be.
+  local function redrive(it)
+    local _, key, span = keys_of(it)
+    if key then
+      local holder = holder_of(key)
+      if holder and holder ~= it.job then
+        return false
+      end
+    end
+    leave(it)
+    it.spent, it.lapses, it.redrives = 0, 0, it.redrives + 1
+    it.token, it.verdict, it.answer = NOBODY, '-', '-'
+    M.redriven = M.redriven + 1
+    if is_expired(it) then
+      make_expired(it)
+    else
+      if key then
+        hold_key(it.job, key, span)
+      end
+      make_ready(it)
+    end
+    return true
+  end
+
+  local function dead_retry()
+    local count = 0
+    for _ = 1, tonumber(arguments(1)) do
+      local it = find(resolve(arguments(1)))
+      if it and it.state == 'D' and redrive(it) then
+        count = count + 1
+      end
+    end
+    return count
+  end
+
+  local function dead_retry_all()
+    local limit = tonumber(arguments(1))
+    limit = limit < 0 and now or limit
+    local count, passed = 0, 0
+    while count < bulk_max and passed < 10 * bulk_max do
+      local found = call('ZRANGEBYSCORE', DEAD, '-inf', text(limit), 'LIMIT', text(passed), text(bulk_max - count))
+      if #found == 0 then
+        return {count, -1}
+      end
+      for i = 1, #found do
+        if redrive(find(found[i])) then
+          count = count + 1
+        else
+          passed = passed + 1
+        end
+      end
+    end
+    local more = call('ZCOUNT', DEAD, '-inf', text(limit)) > passed and count > 0
+    return {count, more and limit or -1}
+  end
+
+  local function dead_delete()
+    local gone = {}
+    for _ = 1, tonumber(arguments(1)) do
+      local it = find(resolve(arguments(1)))
+      if it and it.state == 'D' then
+        leave(it)
+        forget({it.job})
+        gone[#gone + 1] = it.job
+      end
+    end
+    return #gone
+  end
+
+  rules.ops = {
+    E = enqueue, f = fail, r = release, x = extend, p = progress, c = cancel, j = look, g = look_dead, k = peek, s = stats,
+    P = pause, u = purge, R = dead_retry, A = dead_retry_all, D = dead_delete,
+    n = function() return count_of(arguments(1)) end,
+    t = function() return 'O' end,
+  }
+  return rules
+end

@@ -1,0 +1,213 @@
+//! What a Redis shard asks the server outside of batches: which queues there are, how it is, and whose it is.
+
+use std::collections::HashMap;
+
+use redis::{Cmd, Value};
+
+use super::Redis;
+use super::connect::{Failure, judge};
+use crate::error::{Code, Error, Result};
+use crate::job::Name;
+use crate::shard::{Health, Stamp};
+
+/// Compares the stamp of the shard with ours and writes ours where there is none, or one with an older map.
+///
+/// KEYS: stamp. ARGV: deployment, shard, map version, map. Answers the four that were there before, or nothing.
+const CLAIM: &str = "\
+local found = redis.call('HMGET', KEYS[1], 'deployment', 'shard', 'map_version', 'map')
+local is_ours = found[1] == ARGV[1] and found[2] == ARGV[2]
+if not found[1] or is_ours and tonumber(found[3]) < tonumber(ARGV[3]) then
+  redis.call('HSET', KEYS[1], 'deployment', ARGV[1], 'shard', ARGV[2], 'map_version', ARGV[3], 'map', ARGV[4])
+end
+return found[1] and found or false";
+
+impl Redis {
+    async fn ask(&self, command: Cmd) -> Result<Value> {
+        let live = self.live().await?;
+        match live.ask(command, self.timeouts.answer).await {
+            Ok(value) => Ok(value),
+            Err(error) => {
+                let failure = judge(&self.name, &error);
+                if failure.ends_connection() {
+                    self.hang_up(&live).await;
+                }
+                Err(failure.into_error(&self.name))
+            }
+        }
+    }
+
+    pub(super) async fn read_queues(&self) -> Result<Vec<Name>> {
+        let mut members = redis::cmd("SMEMBERS");
+        members.arg(self.keys.queues());
+        let mut names: Vec<Name> =
+            texts(self.ask(members).await?).iter().filter_map(|raw| Name::parse(raw).ok()).collect();
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// One stamp for each server, and for each cluster one for all of its partitions.
+    pub(super) async fn stamp(&self, stamp: Stamp) -> Result<()> {
+        let shard = match self.keys.partition {
+            Some(_) => stamp.shard.rsplit_once('/').map_or(&*stamp.shard, |(cluster, _)| cluster),
+            None => &stamp.shard,
+        };
+        let mut claim = redis::cmd("EVAL");
+        claim.arg(CLAIM).arg(1).arg("goflow:stamp");
+        claim.arg(&stamp.deployment).arg(shard).arg(stamp.map_version).arg(&stamp.map);
+        let found: Vec<String> =
+            texts(self.ask(claim).await?).iter().map(|raw| String::from_utf8_lossy(raw).into_owned()).collect();
+        let [deployment, name, version, map] = &found[..] else { return Ok(()) };
+        let refuse = |why: String| Err(Error::new(Code::Err, format!("shard {}: {why}", self.name)));
+        if *deployment != stamp.deployment {
+            return refuse(format!("the server belongs to the deployment {deployment}, not to {}", stamp.deployment));
+        }
+        if name != shard {
+            return refuse(format!("the server is the shard {name} already; one server cannot be two shards"));
+        }
+        match version.parse::<u64>().unwrap_or(0).cmp(&stamp.map_version) {
+            std::cmp::Ordering::Greater => refuse(format!(
+                "the shard map here has version {}, the server knows version {version}",
+                stamp.map_version
+            )),
+            std::cmp::Ordering::Equal if *map != stamp.map => refuse(format!(
+                "two shard maps have version {version}: here {}, on the server {map}; raise the version of the new one",
+                stamp.map
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) async fn read_health(&self) -> Result<Health> {
+        let text = self.ask_text(redis::cmd("INFO")).await?;
+        let mut settings = HashMap::new();
+        for name in ["appendfsync", "save", "min-replicas-to-write"] {
+            let mut get = redis::cmd("CONFIG");
+            get.arg("GET").arg(name);
+            // Hosted servers refuse CONFIG; what is not known is not warned of.
+            if let Ok(value) = self.ask(get).await
+                && let [_, value] = &texts(value)[..]
+            {
+                settings.insert(name, String::from_utf8_lossy(value).into_owned());
+            }
+        }
+        Ok(judge_health(&parse_info(&text), &settings))
+    }
+
+    /// Of a cluster, the text of one of its nodes.
+    async fn ask_text(&self, command: Cmd) -> Result<String> {
+        let value = match self.ask(command).await? {
+            Value::Map(nodes) => nodes.into_iter().next().map(|(_, text)| text),
+            Value::Array(nodes) if matches!(nodes.first(), Some(Value::Array(_))) => match nodes.into_iter().next() {
+                Some(Value::Array(pair)) => pair.into_iter().nth(1),
+                _ => None,
+            },
+            value => Some(value),
+        };
+        match value {
+            Some(Value::BulkString(text)) => Ok(String::from_utf8_lossy(&text).into_owned()),
+            Some(Value::VerbatimString { text, .. }) => Ok(text),
+            _ => Err(Failure::unreadable(&self.name).into_error(&self.name)),
+        }
+    }
+}
+
+/// The texts of a flat answer, whatever its shape.
+fn texts(value: Value) -> Vec<Vec<u8>> {
+    match value {
+        Value::BulkString(text) => vec![text],
+        Value::SimpleString(text) => vec![text.into_bytes()],
+        Value::Array(values) | Value::Set(values) => values.into_iter().flat_map(texts).collect(),
+        Value::Map(pairs) => match pairs.into_iter().next() {
+            // Of the nodes of a cluster each answers; one stands for all.
+            Some((_, inner @ (Value::Array(_) | Value::Map(_)))) => texts(inner),
+            Some((name, value)) => [texts(name), texts(value)].concat(),
+            None => Vec::new(),
+        },
+        _ => Vec::new(),
+    }
+}
+
+fn parse_info(text: &str) -> HashMap<&str, &str> {
+    text.lines().filter_map(|line| line.trim_end().split_once(':')).collect()
+}
+
+fn judge_health(info: &HashMap<&str, &str>, settings: &HashMap<&str, String>) -> Health {
+    let field = |name: &str| info.get(name).copied().unwrap_or_default();
+    let setting = |name: &str| settings.get(name).map(String::as_str);
+    let server = match (field("dragonfly_version"), field("valkey_version")) {
+        ("", "") => format!("redis {}", field("redis_version")),
+        ("", version) => format!("valkey {version}"),
+        (version, _) => format!("dragonfly {}", version.trim_start_matches("df-").trim_start_matches('v')),
+    };
+    let mut warnings = Vec::new();
+    let durability = match (field("aof_enabled"), setting("appendfsync"), setting("save")) {
+        ("1", Some("always"), _) => "appendonly, synced before every answer".to_owned(),
+        ("1", Some("everysec"), _) => {
+            "appendonly, synced every second: a power loss may cost the last second".to_owned()
+        }
+        ("1", Some("no"), _) => {
+            "appendonly, synced when the system likes: a power loss may cost the last half minute".to_owned()
+        }
+        ("1", _, _) => "appendonly".to_owned(),
+        (_, _, Some("")) => {
+            warnings.push("Nothing is written to disk: a restart loses every job; set appendonly yes.".to_owned());
+            "memory only".to_owned()
+        }
+        _ => {
+            warnings.push(
+                "Only snapshots are written to disk: a crash loses the jobs since the last; set appendonly yes."
+                    .to_owned(),
+            );
+            "snapshots only".to_owned()
+        }
+    };
+    match field("maxmemory_policy") {
+        "" | "noeviction" => {}
+        // Dragonfly evicts in cache mode only.
+        _ if server.starts_with("dragonfly") && field("cache_mode") != "cache" => {}
+        policy => warnings
+            .push(format!("maxmemory-policy is {policy}: jobs are evicted when memory is short; set noeviction.")),
+    }
+    if field("role") == "slave" {
+        warnings.push("The server is a replica: it takes no writes.".to_owned());
+    }
+    let replicas: u64 = field("connected_slaves").parse().unwrap_or(0);
+    if replicas > 0 && setting("min-replicas-to-write") == Some("0") {
+        warnings.push(
+            "Replicas follow late: a fail-over may lose acknowledged jobs; set min-replicas-to-write 1.".to_owned(),
+        );
+    }
+    Health { server, durability, warnings }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn health(info: &str, settings: &[(&'static str, &str)]) -> Health {
+        judge_health(&parse_info(info), &settings.iter().map(|(name, value)| (*name, (*value).to_owned())).collect())
+    }
+
+    #[test]
+    fn a_safe_server_has_no_warnings() {
+        let safe = health(
+            "redis_version:7.0.15\r\naof_enabled:1\r\nmaxmemory_policy:noeviction\r\nrole:master\r\nconnected_slaves:0\r\n",
+            &[("appendfsync", "always"), ("save", ""), ("min-replicas-to-write", "0")],
+        );
+        assert_eq!((safe.server.as_str(), &safe.warnings[..]), ("redis 7.0.15", &[][..]));
+        assert!(safe.durability.contains("before every answer"));
+    }
+
+    #[test]
+    fn what_may_lose_jobs_is_said() {
+        let info = "valkey_version:9.1.2\nredis_version:7.2.4\naof_enabled:0\nmaxmemory_policy:allkeys-lru\nconnected_slaves:1";
+        let unsafe_one = health(info, &[("save", ""), ("min-replicas-to-write", "0")]);
+        assert_eq!((unsafe_one.server.as_str(), unsafe_one.warnings.len()), ("valkey 9.1.2", 3));
+        assert!(unsafe_one.warnings.iter().all(|warning| warning.ends_with('.')));
+    }
+
+    #[test]
+    fn dragonfly_is_told_from_redis() {
+        assert_eq!(health("redis_version:7.4.0\ndragonfly_version:df-v1.30.0", &[]).server, "dragonfly 1.30.0");
+    }
+}
