@@ -421,7 +421,7 @@ impl Keys {
             Keys::Streams => {
                 let Some(start) = find_word(words, b"STREAMS").map(|at| at + 1) else { return Ok(()) };
                 let rest = words.len() - start;
-                if rest % 2 != 0 { Ok(()) } else { (start..start + rest / 2).try_for_each(take) }
+                if rest.is_multiple_of(2) { (start..start + rest / 2).try_for_each(take) } else { Ok(()) }
             }
             Keys::Sort => {
                 if words.len() > 1 {

@@ -39,6 +39,11 @@ impl ShardMap {
         &self.lanes[self.ring.home(key)]
     }
 
+    /// The index of the shard that owns a key.
+    pub fn home_index(&self, key: &[u8]) -> usize {
+        self.ring.home(key)
+    }
+
     pub fn weight(&self, shard: usize) -> u32 {
         self.weights[shard]
     }

@@ -12,6 +12,7 @@
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -48,6 +49,20 @@ const BUFFER_KEPT: usize = 1 << 20;
 /// The replies to one request, back to back as they came.
 pub type Replies = oneshot::Receiver<Result<Bytes>>;
 
+/// What a link that listens hears beside replies.
+#[derive(Debug)]
+pub enum Heard {
+    /// A connection is open, and the server knows nothing of what was asked for on an earlier one.
+    Opened,
+    /// The connection broke; what came after cannot be known.
+    Lost,
+    /// A RESP3 push as it came.
+    Push(Bytes),
+}
+
+/// Called on the link's thread; must not block. It may submit.
+pub type OnHeard = Box<dyn Fn(&Link, Heard) + Send + Sync>;
+
 /// One request whose replies are due.
 struct Due {
     /// How many replies belong to it.
@@ -70,17 +85,41 @@ pub struct Link {
     shard: Arc<str>,
     state: Mutex<State>,
     driver: AtomicWaker,
+    /// How many connections it has had.
+    generation: AtomicU64,
+    on_heard: Option<OnHeard>,
 }
 
 impl Link {
     /// A link of the current thread's runtime; opens its connection when there is something to send.
     pub fn spawn(shard: Arc<str>, dial: Arc<dyn Dial>, protocol: Protocol) -> Arc<Link> {
-        let link = Arc::new(Link { shard, state: Mutex::default(), driver: AtomicWaker::new() });
+        Link::start(shard, dial, protocol, None)
+    }
+
+    /// A link in RESP3 that is kept open and hears what the server pushes.
+    pub fn listen(shard: Arc<str>, dial: Arc<dyn Dial>, on_heard: OnHeard) -> Arc<Link> {
+        Link::start(shard, dial, Protocol::Resp3, Some(on_heard))
+    }
+
+    fn start(shard: Arc<str>, dial: Arc<dyn Dial>, protocol: Protocol, on_heard: Option<OnHeard>) -> Arc<Link> {
+        let link = Arc::new(Link {
+            shard,
+            state: Mutex::default(),
+            driver: AtomicWaker::new(),
+            generation: AtomicU64::new(0),
+            on_heard,
+        });
         tokio::spawn(drive(link.clone(), dial, protocol));
         link
     }
 
-    /// Sends one request, or several in a row, as well-formed arrays; `replies` says how many replies that will be.
+    /// Changes with every connection: what was said on one (`WATCH`) holds only while this stays the same.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Sends one request, or several in a row, as well-formed arrays; `replies` says how many replies that will be. With
+    /// none (a subscription in RESP3) the answer is never given.
     pub fn submit(&self, request: &[u8], replies: usize) -> Replies {
         let (answer, receiver) = oneshot::channel();
         let mut state = self.state();
@@ -91,8 +130,10 @@ impl Link {
         }
         let idle = state.unsent.is_empty();
         state.unsent.extend_from_slice(request);
-        state.unsent_requests += 1;
-        state.due.push_back(Due { replies, answer });
+        if replies > 0 {
+            state.unsent_requests += 1;
+            state.due.push_back(Due { replies, answer });
+        }
         drop(state);
         if idle {
             self.driver.wake();
@@ -106,6 +147,12 @@ impl Link {
         }
         let full = state.due.len() >= IN_FLIGHT_MAX || state.unsent.len() >= UNSENT_BYTES_MAX;
         full.then(|| Error::new(Code::Overloaded, format!("too much is on its way to shard {}", self.shard)))
+    }
+
+    fn hear(&self, heard: Heard) {
+        if let Some(on_heard) = &self.on_heard {
+            on_heard(self, heard);
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -136,20 +183,26 @@ impl Link {
     }
 }
 
-/// Opens connections for the link and serves them, as long as anybody holds the link.
+/// Opens connections for the link and serves them, for as long as the thread's runtime lives.
 async fn drive(link: Arc<Link>, dial: Arc<dyn Dial>, protocol: Protocol) {
     let mut rest = REST_MIN;
     loop {
-        link.demand().await;
+        if link.on_heard.is_none() {
+            link.demand().await;
+        }
         let why = match timeout(DIAL_WAIT, dial.dial(protocol)).await {
             Ok(Ok(socket)) => {
                 rest = REST_MIN;
-                Connection::new(&link, socket).serve().await
+                link.generation.fetch_add(1, Ordering::Release);
+                link.hear(Heard::Opened);
+                let why = Connection::new(&link, socket).serve().await;
+                link.hear(Heard::Lost);
+                why
             }
             Ok(Err(error)) => error.text.into_owned(),
             Err(_) => "did not answer in time".into(),
         };
-        if link.state().due.is_empty() {
+        if link.on_heard.is_none() && link.state().due.is_empty() {
             // An idle connection was closed: nobody is hurt.
             continue;
         }
@@ -172,6 +225,7 @@ struct Connection<'a> {
     /// Whole replies of the request at the head of the line: how many, and how many bytes.
     cut: usize,
     cut_bytes: usize,
+    pushes: Vec<Bytes>,
     finished: Vec<(oneshot::Sender<Result<Bytes>>, Bytes)>,
     look: Interval,
     heard_at: Instant,
@@ -189,6 +243,7 @@ impl<'a> Connection<'a> {
             scan: ScanState::default(),
             cut: 0,
             cut_bytes: 0,
+            pushes: Vec::new(),
             finished: Vec::new(),
             look,
             heard_at: Instant::now(),
@@ -264,6 +319,9 @@ impl<'a> Connection<'a> {
             for (answer, bytes) in self.finished.drain(..) {
                 let _ = answer.send(Ok(bytes));
             }
+            for push in self.pushes.drain(..) {
+                self.link.hear(Heard::Push(push));
+            }
             cut?;
         }
     }
@@ -278,7 +336,10 @@ impl<'a> Connection<'a> {
                 Err(malformed) => return Err(format!("sent a {malformed}")),
             };
             if self.scan.is_push() && self.cut == 0 {
-                self.buffer.advance(end);
+                let push = self.buffer.split_to(end);
+                if self.link.on_heard.is_some() {
+                    self.pushes.push(push.freeze());
+                }
                 continue;
             }
             let Some(due) = state.due.front() else {

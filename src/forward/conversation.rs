@@ -1,0 +1,540 @@
+//! What one connection is in the middle of: a transaction, watched keys, subscriptions; and the door for its ordinary
+//! commands.
+//!
+//! A transaction is queued here and sent in one piece when it is executed, so it needs no connection of its own; keys that
+//! are watched do, from the first `WATCH` to the `EXEC`, `DISCARD` or `UNWATCH`. All keys of a transaction live on one
+//! shard: a command that names another is refused and the transaction with it.
+//!
+//! Promises: nothing of a client that went away stays on a connection that others use; a transaction whose watching
+//! connection broke is not run.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+
+use super::hub::{Inbox, Kind, is_own};
+use super::{Forwarded, Request, Shape, Started, Ways, check_key, cross_shard, park, put_request, spread, submit_unit};
+use crate::command::ordinary::{How, Row, Step, Talk};
+use crate::error::{Code, Error, Happened, Result};
+use crate::resp::cut;
+use crate::resp::reply::{Protocol, Reply};
+use crate::shard::Keyspace;
+use crate::shard::redis::link::Link;
+
+/// Most requests, and bytes of them, that one transaction queues.
+const QUEUED_MAX: usize = 65_536;
+const QUEUED_BYTES_MAX: usize = 64 << 20;
+/// How long a shard may take to confirm a subscription.
+const SUBSCRIBE_WAIT: Duration = Duration::from_secs(5);
+/// What may be said in a transaction beside ordinary commands, as any server answers it.
+const QUEUEABLE: [&[u8]; 3] = [b"PING", b"ECHO", b"TIME"];
+
+/// A transaction between `MULTI` and `EXEC`.
+#[derive(Default)]
+struct Queue {
+    requests: Vec<Vec<Bytes>>,
+    bytes: usize,
+    shard: Option<usize>,
+    /// A command was refused, so `EXEC` will be, too.
+    spoilt: bool,
+}
+
+/// Keys that are watched.
+enum Watching {
+    /// On a connection of their own, as long as that is the same one.
+    Link { link: Arc<Link>, generation: u64, protocol: Protocol },
+    /// By their versions, in this process.
+    Local(Vec<(Bytes, u64)>),
+}
+
+/// One connection's state for ordinary commands.
+pub struct Conversation {
+    ways: Arc<Ways>,
+    client_id: u64,
+    wake: Arc<dyn Fn() + Send + Sync>,
+    queue: Option<Queue>,
+    watching: Arc<std::sync::Mutex<Option<(usize, Watching)>>>,
+    inbox: Option<Arc<Inbox>>,
+    subscribed: [BTreeSet<Bytes>; 3],
+}
+
+impl Conversation {
+    /// `wake` is called when there is something in the inbox.
+    pub fn new(ways: Arc<Ways>, client_id: u64, wake: Arc<dyn Fn() + Send + Sync>) -> Conversation {
+        Conversation {
+            ways,
+            client_id,
+            wake,
+            queue: None,
+            watching: Arc::default(),
+            inbox: None,
+            subscribed: Default::default(),
+        }
+    }
+
+    /// Messages for the client, once it has subscribed to something.
+    pub fn inbox(&self) -> Option<&Arc<Inbox>> {
+        self.inbox.as_ref()
+    }
+
+    fn subscriptions(&self) -> usize {
+        self.subscribed.iter().map(BTreeSet::len).sum()
+    }
+
+    /// Starts an ordinary command.
+    pub fn start(&mut self, request: Request<'_>) -> Started {
+        let Request { row, words, protocol, .. } = request;
+        if let Some(refusal) =
+            self.confined(row.name, protocol, matches!(row.how, How::Channel(talk) if talk.is_subscription()))
+        {
+            return refusal.into();
+        }
+        match row.how {
+            How::Transaction(Step::Unwatch) if self.queue.is_some() => self.enqueue(row, words),
+            How::Transaction(step) => self.transaction(step, request),
+            _ if self.queue.is_some() => self.enqueue(row, words),
+            How::Channel(talk) => self.channel(talk, request),
+            How::Block(wait) => park::start(&self.ways, wait, request),
+            _ => spread::start(&self.ways, request),
+        }
+    }
+
+    /// A command that is not in our table and may be in a server's.
+    pub fn start_unknown(&mut self, words: &[Bytes], protocol: Protocol, unknown: Error) -> Started {
+        if let Some(queue) = &mut self.queue {
+            queue.spoilt = true;
+            return unknown.into();
+        }
+        spread::start_unknown(&self.ways, words.to_vec(), protocol, unknown)
+    }
+
+    /// What the connection's state makes of a command that is not ordinary; `None`: nothing.
+    pub fn intercept(&mut self, name: &'static str, words: &[Bytes], protocol: Protocol) -> Option<Started> {
+        if matches!(name, "QUIT" | "RESET") {
+            return None;
+        }
+        if protocol == Protocol::Resp2 && self.subscriptions() > 0 && name == "PING" {
+            let text = words.get(1).map_or(Reply::text(""), |word| Reply::Bulk(word.clone()));
+            return Some(Started::Reply(Reply::Array(vec![Reply::text("pong"), text])));
+        }
+        if let Some(refusal) = self.confined(name, protocol, false) {
+            return Some(refusal.into());
+        }
+        let queue = self.queue.as_mut()?;
+        let selects_zero = name == "SELECT" && words.get(1).is_some_and(|word| word.as_ref() == b"0");
+        if QUEUEABLE.contains(&name.as_bytes()) || selects_zero {
+            return Some(queue.push(words));
+        }
+        queue.spoilt = true;
+        Some(Error::bad(format!("{name} is not for transactions")).into())
+    }
+
+    /// In RESP2 a connection that has subscribed says nothing else.
+    fn confined(&self, name: &str, protocol: Protocol, is_subscription: bool) -> Option<Error> {
+        (protocol == Protocol::Resp2 && self.subscriptions() > 0 && !is_subscription).then(|| {
+            Error::bad(format!(
+                "Can't execute '{}': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this context",
+                name.to_ascii_lowercase()
+            ))
+        })
+    }
+
+    /// Leaves everything: `RESET`, or the end of the connection.
+    pub fn reset(&mut self) {
+        self.queue = None;
+        self.unwatch();
+        for kind in Kind::ALL {
+            for name in std::mem::take(&mut self.subscribed[kind as usize]) {
+                leave(&self.ways, kind, &name, self.client_id);
+            }
+        }
+    }
+
+    fn transaction(&mut self, step: Step, request: Request<'_>) -> Started {
+        let Request { row, words, protocol, .. } = request;
+        if !row.has_arity(words.len()) {
+            if let Some(queue) = &mut self.queue {
+                queue.spoilt = true;
+            }
+            return row.wrong_arity().into();
+        }
+        match (step, self.queue.take()) {
+            (Step::Multi, None) => {
+                self.queue = Some(Queue::default());
+                Started::Reply(Reply::OK)
+            }
+            (Step::Exec, Some(queue)) => self.execute(queue, protocol),
+            (Step::Discard, Some(_)) | (Step::Unwatch, None) => {
+                self.unwatch();
+                Started::Reply(Reply::OK)
+            }
+            (Step::Exec, None) => Error::bad("EXEC without MULTI").into(),
+            (Step::Discard, None) => Error::bad("DISCARD without MULTI").into(),
+            (Step::Watch, None) => self.watch(request),
+            (Step::Multi, queue) => {
+                self.queue = queue;
+                Error::bad("MULTI calls can not be nested").into()
+            }
+            (Step::Watch | Step::Unwatch, queue) => {
+                self.queue = queue;
+                Error::bad("WATCH inside MULTI is not allowed").into()
+            }
+        }
+    }
+
+    fn enqueue(&mut self, row: &'static Row, words: &[Bytes]) -> Started {
+        let shard = self.shard_in_transaction(row, words);
+        let Some(queue) = &mut self.queue else { return Started::Nothing };
+        match shard {
+            Ok(None) => queue.push(words),
+            Ok(Some(shard)) if *queue.shard.get_or_insert(shard) == shard => queue.push(words),
+            Ok(Some(_)) => {
+                queue.spoilt = true;
+                cross_shard().into()
+            }
+            Err(error) => {
+                queue.spoilt = true;
+                error.into()
+            }
+        }
+    }
+
+    /// The shard that a command of a transaction must run on; `None`: any.
+    fn shard_in_transaction(&self, row: &'static Row, words: &[Bytes]) -> Result<Option<usize>> {
+        if !row.has_arity(words.len()) {
+            return Err(row.wrong_arity());
+        }
+        let allowed = self.ways.shared.allowed.iter().any(|name| name == row.name);
+        match row.how {
+            How::Refused if !allowed => return Err(spread::refused(row.name)),
+            How::Channel(Talk::Publish | Talk::ShardPublish) => {
+                let channel = words.get(1).map_or(&[][..], |word| word);
+                check_key(channel)?;
+                return Ok(Some(self.ways.home(channel)));
+            }
+            How::Channel(_) => return Err(Error::bad(format!("{} is not for transactions", row.name))),
+            How::Pass | How::Count | How::Mget | How::Mset | How::Block(_) | How::Transaction(_) => {}
+            _ if self.ways.shards() == 1 => {}
+            _ => return Err(Error::new(Code::CrossShard, format!("{} in a transaction asks every shard", row.name))),
+        }
+        let has_keys = !row.keys.places(words).is_empty();
+        self.ways.shard_of(row.keys, words).map(|shard| has_keys.then_some(shard))
+    }
+
+    fn execute(&mut self, queue: Queue, protocol: Protocol) -> Started {
+        if queue.spoilt {
+            self.unwatch();
+            return Error::new(Code::ExecAbort, "Transaction discarded because of previous errors.").into();
+        }
+        let watching = self.watching.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let Some((shard, watching)) = watching else {
+            return match (queue.requests.is_empty(), queue.shard) {
+                (true, _) => Started::Reply(Reply::Array(Vec::new())),
+                (false, shard) => Started::Forward(self.ways.transact(shard.unwrap_or(0), protocol, queue.requests)),
+            };
+        };
+        if queue.shard.is_some_and(|own| own != shard) {
+            give_back(&self.ways, shard, watching);
+            return cross_shard().into();
+        }
+        match watching {
+            Watching::Local(watched) => {
+                let count = queue.requests.len();
+                Started::Forward(self.ways.run(shard, protocol, queue.requests, watched, Shape::Exec))
+            }
+            Watching::Link { link, generation, protocol } => {
+                if link.generation() != generation {
+                    return Started::Reply(Reply::NullArray);
+                }
+                let shape = Shape::Exec;
+                let sent = submit_unit(&link, &queue.requests, shape);
+                // EXEC ends the watch, and who takes the connection next sends behind it.
+                self.ways.give_dedicated(shard, protocol, link);
+                Started::Forward(sent)
+            }
+        }
+    }
+
+    fn watch(&mut self, request: Request<'_>) -> Started {
+        let Request { row, words, protocol, .. } = request;
+        let shard = match self.ways.shard_of(row.keys, words) {
+            Ok(shard) => shard,
+            Err(error) => return error.into(),
+        };
+        let mut watching = self.watching.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if watching.as_ref().is_some_and(|(known, _)| *known != shard) {
+            return cross_shard().into();
+        }
+        if let Keyspace::Local(keys) = &self.ways.ways[shard].keyspace {
+            let (_, known) = watching.get_or_insert_with(|| (shard, Watching::Local(Vec::new())));
+            if let Watching::Local(watched) = known {
+                watched.extend(words.iter().skip(1).map(|key| (key.clone(), keys.version(key))));
+            }
+            return Started::Reply(Reply::OK);
+        }
+        let (link, first) = match &*watching {
+            Some((_, Watching::Link { link, .. })) => (Some(link.clone()), false),
+            _ => (self.ways.take_dedicated(shard, protocol), true),
+        };
+        let Some(link) = link else { return Error::bad("this shard takes no ordinary commands").into() };
+        let mut raw = BytesMut::new();
+        put_request(&mut raw, words);
+        let sent = link.submit(&raw, 1);
+        if first {
+            *watching = Some((shard, Watching::Link { link: link.clone(), generation: 0, protocol }));
+        }
+        drop(watching);
+        let state = self.watching.clone();
+        Started::Later(Box::pin(async move {
+            let reply = sent.await.unwrap_or_else(|_| Err(super::link_gone()));
+            let mut watching = state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if let Some((_, Watching::Link { generation, .. })) = &mut *watching {
+                // An earlier WATCH on another connection is lost: 0 never comes back, so EXEC will not run.
+                *generation = if first || *generation == link.generation() { link.generation() } else { 0 };
+            }
+            super::raw(reply)
+        }))
+    }
+
+    fn unwatch(&mut self) {
+        let watching = self.watching.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        if let Some((shard, watching)) = watching {
+            give_back(&self.ways, shard, watching);
+        }
+    }
+
+    fn channel(&mut self, talk: Talk, request: Request<'_>) -> Started {
+        let Request { row, words, protocol, .. } = request;
+        if !row.has_arity(words.len()) {
+            return row.wrong_arity().into();
+        }
+        match talk {
+            Talk::Subscribe => self.subscribe(Kind::Channel, words, protocol),
+            Talk::PatternSubscribe => self.subscribe(Kind::Pattern, words, protocol),
+            Talk::ShardSubscribe => self.subscribe(Kind::Shard, words, protocol),
+            Talk::Unsubscribe => self.unsubscribe(Kind::Channel, words),
+            Talk::PatternUnsubscribe => self.unsubscribe(Kind::Pattern, words),
+            Talk::ShardUnsubscribe => self.unsubscribe(Kind::Shard, words),
+            Talk::Publish => self.publish(Kind::Channel, request),
+            Talk::ShardPublish => self.publish(Kind::Shard, request),
+            Talk::Ask => ask(&self.ways, request),
+        }
+    }
+
+    /// Counted at once, so that what is sent behind is judged right; confirmed when the shards have.
+    fn subscribe(&mut self, kind: Kind, words: &[Bytes], protocol: Protocol) -> Started {
+        let wake = self.wake.clone();
+        let inbox =
+            self.inbox.get_or_insert_with(|| Inbox::new(self.client_id, protocol, Box::new(move || wake()))).clone();
+        let mut steps = Vec::new();
+        for name in &words[1..] {
+            let new = self.subscribed[kind as usize].insert(name.clone());
+            let confirmed = if new { announce(&self.ways, kind, name) } else { Vec::new() };
+            steps.push((name.clone(), new, confirmed, self.count(kind)));
+        }
+        let ways = self.ways.clone();
+        Started::Later(Box::pin(async move {
+            let mut replies = Vec::new();
+            for (name, new, confirmed, count) in steps {
+                for reply in confirmed {
+                    if let Err(error) = confirm(reply).await {
+                        tracing::debug!(%error, "a subscription waits for its shard");
+                    }
+                }
+                if new {
+                    ways.shared.hub.listen(kind, &name, &inbox);
+                }
+                let parts = vec![Reply::text(kind.subscribe()), Reply::Bulk(name), Reply::Integer(count)];
+                replies.push(Reply::Push(parts));
+            }
+            Reply::Many(replies)
+        }))
+    }
+
+    fn unsubscribe(&mut self, kind: Kind, words: &[Bytes]) -> Started {
+        let mut names: Vec<Bytes> = words.iter().skip(1).cloned().collect();
+        if names.is_empty() {
+            names = self.subscribed[kind as usize].iter().cloned().collect();
+        }
+        let said =
+            |count: i64, name: Reply| Reply::Push(vec![Reply::text(kind.unsubscribe()), name, Reply::Integer(count)]);
+        if names.is_empty() {
+            return Started::Reply(said(self.count(kind), Reply::Null));
+        }
+        let mut replies = Vec::new();
+        for name in names {
+            if self.subscribed[kind as usize].remove(&name) {
+                leave(&self.ways, kind, &name, self.client_id);
+            }
+            replies.push(said(self.count(kind), Reply::Bulk(name)));
+        }
+        Started::Reply(Reply::Many(replies))
+    }
+
+    /// Channels and patterns are counted together, channels of shards by themselves.
+    fn count(&self, kind: Kind) -> i64 {
+        let count = match kind {
+            Kind::Shard => self.subscribed[Kind::Shard as usize].len(),
+            _ => self.subscribed[Kind::Channel as usize].len() + self.subscribed[Kind::Pattern as usize].len(),
+        };
+        count as i64
+    }
+
+    fn publish(&mut self, kind: Kind, request: Request<'_>) -> Started {
+        let Request { words, protocol, raw, .. } = request;
+        let [_, channel, payload] = words else { return Started::Nothing };
+        if is_own(channel) {
+            return Error::new(Code::NoPerm, "channels that begin with 'goflow:' are the proxy's own").into();
+        }
+        let home = self.ways.home(channel);
+        if let Keyspace::Local(_) = &self.ways.ways[home].keyspace {
+            return Started::Reply(Reply::count(self.ways.shared.hub.publish(channel, payload) as u64));
+        }
+        let sent = self.ways.pass(home, protocol, raw, words);
+        let (clients, subscriptions) = self.ways.shared.hub.audience(kind, channel);
+        if subscriptions == 0 {
+            return Started::Forward(sent);
+        }
+        Started::Later(Box::pin(async move { with_audience(sent.await, clients - subscriptions) }))
+    }
+}
+
+impl Drop for Conversation {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
+impl Talk {
+    fn is_subscription(self) -> bool {
+        !matches!(self, Talk::Publish | Talk::ShardPublish | Talk::Ask)
+    }
+}
+
+impl Queue {
+    fn push(&mut self, words: &[Bytes]) -> Started {
+        self.bytes += words.iter().map(Bytes::len).sum::<usize>();
+        if self.requests.len() >= QUEUED_MAX || self.bytes > QUEUED_BYTES_MAX {
+            self.spoilt = true;
+            return Error::new(Code::Overloaded, "the transaction is too large").into();
+        }
+        self.requests.push(words.to_vec());
+        Started::Reply(Reply::Simple("QUEUED"))
+    }
+}
+
+/// Forgets the watch; the connection serves the next.
+fn give_back(ways: &Ways, shard: usize, watching: Watching) {
+    if let Watching::Link { link, protocol, .. } = watching {
+        drop(link.submit(b"*1\r\n$7\r\nUNWATCH\r\n", 1));
+        ways.give_dedicated(shard, protocol, link);
+    }
+}
+
+/// The shards that a channel or pattern must be subscribed to at.
+fn homes(ways: &Ways, kind: Kind, name: &Bytes) -> Vec<usize> {
+    match kind {
+        _ if is_own(name) => Vec::new(),
+        Kind::Pattern => (0..ways.shards()).collect(),
+        _ => vec![ways.home(name)],
+    }
+}
+
+type Confirmation = tokio::sync::oneshot::Receiver<Result<Bytes>>;
+
+/// Subscribes at the shards; each confirms by answering the `PING` behind the subscription.
+fn announce(ways: &Ways, kind: Kind, name: &Bytes) -> Vec<Confirmation> {
+    let homes = homes(ways, kind, name);
+    let mut raw = BytesMut::new();
+    put_request(&mut raw, &[Bytes::from_static(kind.subscribe().as_bytes()), name.clone()]);
+    raw.extend_from_slice(b"*1\r\n$4\r\nPING\r\n");
+    let mut confirmations = Vec::new();
+    let listeners: Vec<&Arc<Link>> = homes.iter().filter_map(|shard| ways.shared.park(*shard).listener()).collect();
+    ways.shared.hub.announce(kind, name, homes.first().copied(), || {
+        confirmations.extend(listeners.iter().map(|link| link.submit(&raw, 1)));
+    });
+    confirmations
+}
+
+async fn confirm(confirmation: Confirmation) -> Result<()> {
+    match tokio::time::timeout(SUBSCRIBE_WAIT, confirmation).await {
+        Ok(Ok(Ok(_))) => Ok(()),
+        Ok(Ok(Err(error))) => Err(error),
+        Ok(Err(_)) | Err(_) => Err(Error::shard_down("the shard", "did not confirm a subscription", Happened::Maybe)),
+    }
+}
+
+fn leave(ways: &Ways, kind: Kind, name: &Bytes, client_id: u64) {
+    let homes = homes(ways, kind, name);
+    let listeners: Vec<&Arc<Link>> = homes.iter().filter_map(|shard| ways.shared.park(*shard).listener()).collect();
+    ways.shared.hub.leave(kind, name, client_id, || {
+        let mut raw = BytesMut::new();
+        put_request(&mut raw, &[Bytes::from_static(kind.unsubscribe().as_bytes()), name.clone()]);
+        listeners.iter().for_each(|link| drop(link.submit(&raw, 0)));
+    });
+}
+
+/// The count that a shard answered, with our own clients in the place of our subscription.
+fn with_audience(reply: Result<Bytes>, difference: i64) -> Reply {
+    match reply {
+        Err(error) => error.into(),
+        Ok(reply) => match cut::integer(&reply) {
+            Some(count) => Reply::Integer((count + difference).max(0)),
+            None => Reply::Raw(reply),
+        },
+    }
+}
+
+/// `PUBSUB`.
+fn ask(ways: &Arc<Ways>, request: Request<'_>) -> Started {
+    let Request { words, protocol, raw, .. } = request;
+    let what = words.get(1).map(|word| word.to_ascii_uppercase()).unwrap_or_default();
+    let ways = ways.clone();
+    let kind = if what.starts_with(b"SHARD") { Kind::Shard } else { Kind::Channel };
+    match what.as_slice() {
+        b"NUMSUB" | b"SHARDNUMSUB" => {
+            let words = words.to_vec();
+            Started::Later(Box::pin(async move { numsub(&ways, kind, &words, protocol).await }))
+        }
+        b"CHANNELS" | b"SHARDCHANNELS" => {
+            let sent: Vec<Forwarded> = (0..ways.shards()).map(|shard| ways.pass(shard, protocol, raw, words)).collect();
+            let pattern = words.get(2).cloned();
+            Started::Later(Box::pin(async move {
+                let mut names: BTreeSet<Bytes> = BTreeSet::new();
+                for reply in sent {
+                    match reply.await {
+                        Ok(reply) if cut::is_error(&reply) => return Reply::Raw(reply),
+                        Ok(reply) => names.extend(cut::items(&reply).unwrap_or_default().iter().filter_map(cut::text)),
+                        Err(error) => return error.into(),
+                    }
+                }
+                if kind == Kind::Channel {
+                    let own = ways.shared.hub.own_channels().into_iter();
+                    names.extend(
+                        own.filter(|name| pattern.as_ref().is_none_or(|pattern| super::hub::glob(pattern, name))),
+                    );
+                }
+                Reply::Array(names.into_iter().map(Reply::Bulk).collect())
+            }))
+        }
+        _ => Started::Forward(ways.pass(0, protocol, raw, words)),
+    }
+}
+
+async fn numsub(ways: &Ways, kind: Kind, words: &[Bytes], protocol: Protocol) -> Reply {
+    let mut replies = Vec::new();
+    for channel in words.iter().skip(2) {
+        let ask = vec![words[0].clone(), words[1].clone(), channel.clone()];
+        let reply = match ways.send(ways.home(channel), protocol, ask).await {
+            Ok(reply) if cut::is_error(&reply) => return Reply::Raw(reply),
+            Ok(reply) => reply,
+            Err(error) => return error.into(),
+        };
+        let counted = cut::items(&reply).and_then(|parts| cut::integer(parts.get(1)?)).unwrap_or(0);
+        let (clients, subscriptions) = ways.shared.hub.listeners(kind, channel);
+        replies.extend([Reply::Bulk(channel.clone()), Reply::Integer((counted + clients - subscriptions).max(0))]);
+    }
+    Reply::Array(replies)
+}

@@ -1,0 +1,358 @@
+//! Pub/sub in this process: who listens to what, one subscription at a shard for each channel, and bounded inboxes.
+//!
+//! A message comes once from the channel's home shard (or from [`Hub::publish`], for channels that the process itself
+//! feeds) and is written into the inbox of each client that listens. An inbox that is not read fast enough closes its
+//! connection, as Redis does; a message is never waited for.
+//!
+//! Subscriptions ride on the listening link of `park`; after a new connection [`Hub::opened`] subscribes to everything
+//! again. What was published in between is lost, as it is to any subscriber of Redis that reconnects.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+use foldhash::fast::RandomState;
+
+use super::{OWN_KEYS, put_request};
+use crate::resp::cut;
+use crate::resp::reply::{Protocol, Reply};
+use crate::shard::redis::link::Link;
+
+/// Most bytes that wait for one subscriber.
+const INBOX_BYTES_MAX: usize = 8 << 20;
+
+/// What a subscription is to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    Channel,
+    Pattern,
+    Shard,
+}
+
+impl Kind {
+    pub const ALL: [Kind; 3] = [Kind::Channel, Kind::Pattern, Kind::Shard];
+
+    pub fn subscribe(self) -> &'static str {
+        ["subscribe", "psubscribe", "ssubscribe"][self as usize]
+    }
+
+    pub fn unsubscribe(self) -> &'static str {
+        ["unsubscribe", "punsubscribe", "sunsubscribe"][self as usize]
+    }
+
+    fn message(self) -> &'static str {
+        ["message", "pmessage", "smessage"][self as usize]
+    }
+}
+
+/// What waits to be written to one client.
+pub struct Inbox {
+    pub id: u64,
+    protocol: Protocol,
+    waiting: Mutex<BytesMut>,
+    overflowed: AtomicBool,
+    wake: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Inbox {
+    /// `wake` is called when something has come.
+    pub fn new(id: u64, protocol: Protocol, wake: Box<dyn Fn() + Send + Sync>) -> Arc<Inbox> {
+        Arc::new(Inbox { id, protocol, waiting: Mutex::default(), overflowed: AtomicBool::new(false), wake })
+    }
+
+    /// Moves what has come to the output; false when the client fell too far behind and must go.
+    pub fn drain(&self, out: &mut BytesMut) -> bool {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if !waiting.is_empty() {
+            out.extend_from_slice(&waiting);
+            waiting.clear();
+        }
+        !self.overflowed.load(Ordering::Relaxed)
+    }
+
+    fn put(&self, message: &[u8]) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.len() + message.len() > INBOX_BYTES_MAX {
+            self.overflowed.store(true, Ordering::Relaxed);
+        } else {
+            waiting.extend_from_slice(message);
+        }
+        drop(waiting);
+        (self.wake)();
+    }
+}
+
+/// Everything about one channel or pattern.
+struct Topic {
+    /// Where its messages come from; patterns are subscribed to at every shard. `None`: from this process alone.
+    home: Option<usize>,
+    /// Clients that listen, and those that are about to.
+    interested: usize,
+    inboxes: Vec<Arc<Inbox>>,
+}
+
+type Topics = HashMap<Bytes, Topic, RandomState>;
+
+/// All subscriptions of the process.
+pub struct Hub {
+    shards: usize,
+    topics: Mutex<[Topics; 3]>,
+}
+
+impl Hub {
+    pub fn new(shards: usize) -> Arc<Hub> {
+        Arc::new(Hub { shards, topics: Mutex::default() })
+    }
+
+    fn topics(&self) -> MutexGuard<'_, [Topics; 3]> {
+        self.topics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that somebody is about to listen; `subscribe` is called under the lock, so that orders to the shards go out
+    /// in the order in which they are decided.
+    pub fn announce(&self, kind: Kind, name: &Bytes, home: Option<usize>, subscribe: impl FnOnce()) {
+        let mut topics = self.topics();
+        let new = || Topic { home, interested: 0, inboxes: Vec::new() };
+        topics[kind as usize].entry(name.clone()).or_insert_with(new).interested += 1;
+        subscribe();
+    }
+
+    /// From here on the inbox gets the messages.
+    pub fn listen(&self, kind: Kind, name: &Bytes, inbox: &Arc<Inbox>) {
+        if let Some(topic) = self.topics()[kind as usize].get_mut(name) {
+            topic.inboxes.push(inbox.clone());
+        }
+    }
+
+    /// Takes back an announcement, and the inbox where it listens; `unsubscribe` is called when nobody is left.
+    pub fn leave(&self, kind: Kind, name: &Bytes, inbox: u64, unsubscribe: impl FnOnce()) {
+        let mut topics = self.topics();
+        let Some(topic) = topics[kind as usize].get_mut(name) else { return };
+        topic.inboxes.retain(|known| known.id != inbox);
+        topic.interested -= 1;
+        if topic.interested == 0 {
+            topics[kind as usize].remove(name);
+            unsubscribe();
+        }
+    }
+
+    /// Whether anybody listens to anything.
+    pub fn is_silent(&self) -> bool {
+        self.topics().iter().all(Topics::is_empty)
+    }
+
+    /// Delivers a message that the process itself publishes: to the listeners of the channel and of matching patterns.
+    /// Says to how many.
+    pub fn publish(&self, channel: &Bytes, payload: &[u8]) -> usize {
+        let topics = self.topics();
+        let mut count = deliver(&topics[Kind::Channel as usize], Kind::Channel, channel, channel, payload);
+        for pattern in topics[Kind::Pattern as usize].keys().filter(|pattern| glob(pattern, channel)) {
+            count += deliver(&topics[Kind::Pattern as usize], Kind::Pattern, pattern, channel, payload);
+        }
+        count
+    }
+
+    /// Of a message on the channel: how many clients of this process get it, and how many subscriptions at its home shard
+    /// stand for them.
+    pub fn audience(&self, kind: Kind, channel: &Bytes) -> (i64, i64) {
+        let topics = self.topics();
+        let own = topics[kind as usize].get(channel);
+        let mut clients = own.map_or(0, |topic| topic.inboxes.len());
+        let mut subscriptions = usize::from(own.is_some_and(|topic| topic.home.is_some()));
+        if kind == Kind::Channel {
+            for (_, topic) in topics[Kind::Pattern as usize].iter().filter(|(pattern, _)| glob(pattern, channel)) {
+                clients += topic.inboxes.len();
+                subscriptions += usize::from(topic.home.is_some());
+            }
+        }
+        (clients as i64, subscriptions as i64)
+    }
+
+    /// How many clients of this process subscribed to the channel itself, and how many subscriptions stand for them.
+    pub fn listeners(&self, kind: Kind, channel: &Bytes) -> (i64, i64) {
+        let topics = self.topics();
+        let topic = topics[kind as usize].get(channel);
+        topic.map_or((0, 0), |topic| (topic.inboxes.len() as i64, i64::from(topic.home.is_some())))
+    }
+
+    /// The channels that only the process itself feeds.
+    pub fn own_channels(&self) -> BTreeSet<Bytes> {
+        let topics = self.topics();
+        let own = topics[Kind::Channel as usize].iter().filter(|(_, topic)| topic.home.is_none());
+        own.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// A new connection to a shard knows nothing: everything is subscribed to again.
+    pub fn opened(&self, shard: usize, link: &Link) {
+        let topics = self.topics();
+        for kind in Kind::ALL {
+            let is_there = |topic: &Topic| match kind {
+                Kind::Pattern => topic.home.is_some(),
+                _ => topic.home == Some(shard),
+            };
+            for (name, _) in topics[kind as usize].iter().filter(|(_, topic)| is_there(topic)) {
+                let mut raw = BytesMut::new();
+                put_request(&mut raw, &[Bytes::from_static(kind.subscribe().as_bytes()), name.clone()]);
+                drop(link.submit(&raw, 0));
+            }
+        }
+    }
+
+    pub fn lost(&self, shard: usize) {
+        if !self.is_silent() {
+            tracing::info!(shard, of = self.shards, "subscriptions are interrupted");
+        }
+    }
+
+    /// A push of a shard: a message is delivered, anything else (a confirmation) is nobody's business.
+    pub fn heard(&self, shard: usize, push: &Bytes) {
+        let Some(parts) = cut::items(push) else { return };
+        let part = |at: usize| parts.get(at).and_then(cut::text);
+        let topics = self.topics();
+        match (part(0).as_deref(), part(1), part(2), part(3)) {
+            (Some(b"message"), Some(channel), Some(payload), _) => {
+                deliver(&topics[Kind::Channel as usize], Kind::Channel, &channel, &channel, &payload);
+            }
+            (Some(b"smessage"), Some(channel), Some(payload), _) => {
+                deliver(&topics[Kind::Shard as usize], Kind::Shard, &channel, &channel, &payload);
+            }
+            (Some(b"pmessage"), Some(pattern), Some(channel), Some(payload)) => {
+                deliver(&topics[Kind::Pattern as usize], Kind::Pattern, &pattern, &channel, &payload);
+            }
+            _ => tracing::trace!(shard, "a push that is no message"),
+        }
+    }
+}
+
+fn deliver(topics: &Topics, kind: Kind, name: &Bytes, channel: &Bytes, payload: &[u8]) -> usize {
+    let Some(topic) = topics.get(name) else { return 0 };
+    let mut encoded: [Option<Bytes>; 2] = [None, None];
+    for inbox in &topic.inboxes {
+        let message = encoded[inbox.protocol as usize].get_or_insert_with(|| {
+            let mut parts = vec![Reply::text(kind.message())];
+            if kind == Kind::Pattern {
+                parts.push(Reply::Bulk(name.clone()));
+            }
+            parts.extend([Reply::Bulk(channel.clone()), Reply::bulk(payload)]);
+            let mut out = BytesMut::new();
+            Reply::Push(parts).encode(inbox.protocol, &mut out);
+            out.freeze()
+        });
+        inbox.put(message);
+    }
+    topic.inboxes.len()
+}
+
+/// Whether messages of the channel, or of all that match the pattern, come from this process alone.
+pub fn is_own(name: &[u8]) -> bool {
+    name.starts_with(OWN_KEYS)
+}
+
+/// Redis's glob over bytes: `*`, `?`, `[a-z]`, `[^a]`, `\x`.
+pub fn glob(pattern: &[u8], text: &[u8]) -> bool {
+    let (mut p, mut t, mut star) = (0, 0, None);
+    loop {
+        let step = match (pattern.get(p), text.get(t)) {
+            (None, None) => return true,
+            (Some(b'*'), _) => {
+                star = Some((p + 1, t));
+                p += 1;
+                continue;
+            }
+            (Some(_), Some(byte)) => glob_one(&pattern[p..], *byte),
+            _ => None,
+        };
+        match (step, star) {
+            (Some(taken), _) => (p, t) = (p + taken, t + 1),
+            // Let the last star take one byte more.
+            (None, Some((after, at))) if at < text.len() => {
+                star = Some((after, at + 1));
+                (p, t) = (after, at + 1);
+            }
+            _ => return false,
+        }
+    }
+}
+
+/// How many bytes of the pattern match this one byte of the text.
+fn glob_one(pattern: &[u8], byte: u8) -> Option<usize> {
+    match pattern {
+        [b'?', ..] => Some(1),
+        [b'\\', literal, ..] => (*literal == byte).then_some(2),
+        [b'[', rest @ ..] => {
+            let (negated, mut at) = if rest.first() == Some(&b'^') { (true, 1) } else { (false, 0) };
+            let mut found = false;
+            loop {
+                match rest.get(at..).unwrap_or_default() {
+                    [] => break,
+                    [b']', ..] => {
+                        at += 1;
+                        break;
+                    }
+                    [b'\\', literal, ..] => {
+                        found |= *literal == byte;
+                        at += 2;
+                    }
+                    [low, b'-', high, ..] => {
+                        found |= (*low.min(high)..=*low.max(high)).contains(&byte);
+                        at += 3;
+                    }
+                    [literal, ..] => {
+                        found |= *literal == byte;
+                        at += 1;
+                    }
+                }
+            }
+            (found != negated).then_some(at + 1)
+        }
+        [literal, ..] => (*literal == byte).then_some(1),
+        [] => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_as_in_redis() {
+        for (pattern, text, matches) in [
+            ("*", "", true),
+            ("a*c", "abbc", true),
+            ("a*c", "abb", false),
+            ("h[ae]llo", "hallo", true),
+            ("h[^e]llo", "hello", false),
+            ("h[a-c]llo", "hbllo", true),
+            ("a\\*b", "a*b", true),
+            ("a\\*b", "axb", false),
+            ("", "a", false),
+            ("?", "", false),
+            ("*a*b", "xaxxb", true),
+        ] {
+            assert_eq!(glob(pattern.as_bytes(), text.as_bytes()), matches, "{pattern} on {text}");
+        }
+    }
+
+    #[test]
+    fn a_subscriber_that_does_not_read_is_given_up_and_hurts_nobody() {
+        let hub = Hub::new(1);
+        let (slow, quick) =
+            (Inbox::new(1, Protocol::Resp2, Box::new(|| ())), Inbox::new(2, Protocol::Resp3, Box::new(|| ())));
+        let name = Bytes::from_static(b"goflow:events:a");
+        for inbox in [&slow, &quick] {
+            hub.announce(Kind::Channel, &name, None, || ());
+            hub.listen(Kind::Channel, &name, inbox);
+        }
+        let payload = vec![b'x'; 1 << 20];
+        let mut out = BytesMut::new();
+        for _ in 0..9 {
+            assert_eq!(hub.publish(&name, &payload), 2);
+            out.clear();
+            assert!(quick.drain(&mut out) && out.starts_with(b">3\r\n$7\r\nmessage\r\n"));
+        }
+        assert!(!slow.drain(&mut out));
+        hub.leave(Kind::Channel, &name, 1, || panic!("somebody listens yet"));
+        assert_eq!(hub.publish(&name, b"x"), 1);
+    }
+}

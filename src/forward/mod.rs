@@ -1,0 +1,369 @@
+//! Ordinary commands on their way to the shards: each thread's links, and one request or a unit of them on one shard.
+//!
+//! [`Forwarding`] is the process's part, [`Ways`] a thread's: its links to every shard, so that a request meets no other
+//! thread. `spread` knows what becomes of a command over several shards, `park` lets clients wait without a connection of
+//! their own, `hub` is pub/sub, `conversation` what a connection is in the middle of (a transaction, subscriptions).
+//!
+//! Promises: what one session sends to one shard is sent in that order; bytes pass unchanged; a unit is run with nothing
+//! of others between, and leaves nothing behind on the shared link (`MULTI` goes out with its `EXEC` behind it).
+
+pub mod conversation;
+pub mod hub;
+pub mod park;
+pub mod spread;
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use bytes::{Bytes, BytesMut};
+use dashmap::DashMap;
+
+use crate::command::ordinary::{Keys, Row};
+use crate::dispatch::{Dispatcher, ShardMap, router};
+use crate::error::{Code, Error, Result};
+use crate::resp::cut;
+use crate::resp::reply::{Protocol, Reply, put_bulk, put_header};
+use crate::shard::redis::link::{Link, Replies};
+use crate::shard::{BoxFuture, Keyspace, Unit};
+use hub::Hub;
+use park::Park;
+
+/// Keys that begin so are the proxy's own.
+pub const OWN_KEYS: &[u8] = b"goflow:";
+/// Links kept for transactions that watch keys, for each thread, shard and protocol.
+const DEDICATED_KEPT: usize = 8;
+/// Commands of a server that our table lacks, remembered.
+const LEARNED_MAX: usize = 1_000;
+
+/// What all threads share.
+pub struct Forwarding {
+    pub dispatcher: Arc<Dispatcher>,
+    /// Names, upper case, of commands that are refused unless they stand here.
+    pub allowed: Vec<String>,
+    pub hub: Arc<Hub>,
+    map: Arc<ShardMap>,
+    parks: Vec<OnceLock<Arc<Park>>>,
+    /// Where the keys of commands stand that only the servers know; `None`: not to be forwarded.
+    learned: DashMap<Vec<u8>, Option<Keys>>,
+}
+
+impl Forwarding {
+    pub fn new(dispatcher: Arc<Dispatcher>, allowed: Vec<String>) -> Arc<Forwarding> {
+        let map = dispatcher.map();
+        let parks = map.lanes.iter().map(|_| OnceLock::new()).collect();
+        let hub = Hub::new(map.lanes.len());
+        Arc::new(Forwarding { dispatcher, allowed, hub, map, parks, learned: DashMap::new() })
+    }
+
+    /// Where clients wait for keys of a shard; its connection is opened by the first that does.
+    fn park(&self, shard: usize) -> &Arc<Park> {
+        self.parks[shard].get_or_init(|| {
+            let lane = &self.map.lanes[shard];
+            Park::new(shard, lane.name().clone(), lane.shard().keyspace(), self.hub.clone())
+        })
+    }
+}
+
+/// One shard, as one thread reaches it.
+struct Way {
+    name: Arc<str>,
+    keyspace: Keyspace,
+    /// One for each protocol.
+    links: [OnceLock<Arc<Link>>; 2],
+    /// Connections that nobody uses now, for transactions that watch keys.
+    dedicated: [Mutex<Vec<Arc<Link>>>; 2],
+}
+
+/// One thread's ways to every shard.
+pub struct Ways {
+    pub shared: Arc<Forwarding>,
+    ways: Vec<Way>,
+}
+
+thread_local! {
+    static WAYS: RefCell<Option<Arc<Ways>>> = const { RefCell::new(None) };
+}
+
+impl Ways {
+    /// The ways of the current thread.
+    pub fn of_thread(shared: &Arc<Forwarding>) -> Arc<Ways> {
+        WAYS.with_borrow_mut(|known| match known {
+            Some(ways) if Arc::ptr_eq(&ways.shared, shared) => ways.clone(),
+            _ => {
+                let lanes = shared.map.lanes.iter();
+                let ways = lanes.map(|lane| Way {
+                    name: lane.name().clone(),
+                    keyspace: lane.shard().keyspace(),
+                    links: Default::default(),
+                    dedicated: Default::default(),
+                });
+                let ways = Arc::new(Ways { shared: shared.clone(), ways: ways.collect() });
+                *known = Some(ways.clone());
+                ways
+            }
+        })
+    }
+
+    pub fn shards(&self) -> usize {
+        self.ways.len()
+    }
+
+    pub fn name(&self, shard: usize) -> &Arc<str> {
+        &self.ways[shard].name
+    }
+
+    /// The shard that owns a key.
+    pub fn home(&self, key: &[u8]) -> usize {
+        if self.ways.len() == 1 { 0 } else { self.shared.map.home_index(router::key_tag(key)) }
+    }
+
+    /// The shard of all keys of a request, and the first where it has none.
+    pub fn shard_of(&self, keys: Keys, words: &[Bytes]) -> Result<usize> {
+        let mut shard = None;
+        keys.each(words, |at| {
+            let Some(key) = words.get(at) else { return Ok(()) };
+            check_key(key)?;
+            let home = self.home(key);
+            if *shard.get_or_insert(home) != home {
+                return Err(cross_shard());
+            }
+            Ok(())
+        })?;
+        Ok(shard.unwrap_or(0))
+    }
+
+    fn link(&self, shard: usize, protocol: Protocol) -> Option<&Arc<Link>> {
+        let way = &self.ways[shard];
+        let Keyspace::Server(dial) = &way.keyspace else { return None };
+        Some(way.links[protocol as usize].get_or_init(|| Link::spawn(way.name.clone(), dial.clone(), protocol)))
+    }
+
+    /// A connection that nobody else uses until it is given back.
+    fn take_dedicated(&self, shard: usize, protocol: Protocol) -> Option<Arc<Link>> {
+        let way = &self.ways[shard];
+        let Keyspace::Server(dial) = &way.keyspace else { return None };
+        let kept = way.dedicated[protocol as usize].lock().unwrap_or_else(PoisonError::into_inner).pop();
+        Some(kept.unwrap_or_else(|| Link::spawn(way.name.clone(), dial.clone(), protocol)))
+    }
+
+    fn give_dedicated(&self, shard: usize, protocol: Protocol, link: Arc<Link>) {
+        let mut kept = self.ways[shard].dedicated[protocol as usize].lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() < DEDICATED_KEPT {
+            kept.push(link);
+        }
+    }
+
+    /// Sends a request as it came: `raw` is the array of its words.
+    pub fn pass(&self, shard: usize, protocol: Protocol, raw: &[u8], words: &[Bytes]) -> Forwarded {
+        if let Some(link) = self.link(shard, protocol) {
+            return Forwarded { from: From::Link(link.submit(raw, 1)), shape: Shape::Whole };
+        }
+        self.run(shard, protocol, vec![words.to_vec()], Vec::new(), Shape::Whole)
+    }
+
+    /// Sends a request of our own making.
+    pub fn send(&self, shard: usize, protocol: Protocol, words: Vec<Bytes>) -> Forwarded {
+        let mut raw = BytesMut::new();
+        put_request(&mut raw, &words);
+        self.pass(shard, protocol, &raw, &words)
+    }
+
+    /// Runs a request that would block as `MULTI` lets it run: it does not.
+    pub fn attempt(&self, shard: usize, protocol: Protocol, words: Vec<Bytes>) -> Forwarded {
+        self.unit(shard, protocol, vec![words], Shape::Attempt)
+    }
+
+    /// Runs requests as one transaction; the answer is that of `EXEC`.
+    pub fn transact(&self, shard: usize, protocol: Protocol, requests: Vec<Vec<Bytes>>) -> Forwarded {
+        let count = requests.len();
+        self.unit(shard, protocol, requests, Shape::Exec)
+    }
+
+    fn unit(&self, shard: usize, protocol: Protocol, requests: Vec<Vec<Bytes>>, shape: Shape) -> Forwarded {
+        match self.link(shard, protocol) {
+            Some(link) => submit_unit(link, &requests, shape),
+            None => self.run(shard, protocol, requests, Vec::new(), shape),
+        }
+    }
+
+    fn run(
+        &self,
+        shard: usize,
+        protocol: Protocol,
+        requests: Vec<Vec<Bytes>>,
+        watched: Vec<(Bytes, u64)>,
+        shape: Shape,
+    ) -> Forwarded {
+        let from = match &self.ways[shard].keyspace {
+            Keyspace::Local(keys) => From::Local(keys.run(Unit { protocol, requests, watched }), protocol),
+            _ => From::Failed(Error::bad(format!("shard {} takes no ordinary commands", self.ways[shard].name))),
+        };
+        Forwarded { from, shape }
+    }
+
+    /// Where the keys of a command stand that our table lacks, as the first shard says; `None`: it is not forwarded.
+    pub async fn learn(self: Arc<Self>, words: &[Bytes]) -> Option<Keys> {
+        let name = words.first()?.to_ascii_lowercase();
+        if let Some(known) = self.shared.learned.get(&name) {
+            return *known;
+        }
+        if !matches!(self.ways[0].keyspace, Keyspace::Server(_)) {
+            return None;
+        }
+        let ask = [Bytes::from_static(b"COMMAND"), Bytes::from_static(b"INFO"), name.clone().into()];
+        let reply = self.send(0, Protocol::Resp2, ask.to_vec()).await.ok()?;
+        let keys = keys_reported(&reply);
+        if self.shared.learned.len() < LEARNED_MAX {
+            self.shared.learned.insert(name, keys);
+        }
+        keys
+    }
+}
+
+/// Reads one entry of `COMMAND INFO`; what waits, talks or is for operators is not to be forwarded.
+fn keys_reported(reply: &Bytes) -> Option<Keys> {
+    const BARRED: [&[u8]; 6] = [b"blocking", b"pubsub", b"admin", b"noscript", b"no_multi", b"movablekeys"];
+    let fields = cut::items(cut::items(reply)?.first()?)?;
+    let flags = cut::items(fields.get(2)?)?;
+    if flags.iter().filter_map(cut::text).any(|flag| BARRED.contains(&flag.as_ref())) {
+        return None;
+    }
+    let number = |at: usize| fields.get(at).and_then(cut::integer);
+    match usize::try_from(number(3)?).ok()? {
+        0 => Some(Keys::None),
+        first => Some(Keys::Range { first, last: number(4)? as isize, step: usize::try_from(number(5)?).ok()? }),
+    }
+}
+
+pub fn check_key(key: &[u8]) -> Result<()> {
+    match key.starts_with(OWN_KEYS) {
+        true => Err(Error::new(Code::NoPerm, "keys that begin with 'goflow:' are the proxy's own")),
+        false => Ok(()),
+    }
+}
+
+fn cross_shard() -> Error {
+    Error::new(Code::CrossShard, "the keys of this request live on different shards; a {tag} keeps keys together")
+}
+
+pub fn put_request(out: &mut BytesMut, words: &[Bytes]) {
+    put_header(out, b'*', words.len());
+    words.iter().for_each(|word| put_bulk(out, word));
+}
+
+/// `MULTI`, the requests and `EXEC`, in one piece.
+fn submit_unit(link: &Link, requests: &[Vec<Bytes>], shape: Shape) -> Forwarded {
+    let mut raw = BytesMut::from(&b"*1\r\n$5\r\nMULTI\r\n"[..]);
+    requests.iter().for_each(|words| put_request(&mut raw, words));
+    raw.extend_from_slice(b"*1\r\n$4\r\nEXEC\r\n");
+    Forwarded { from: From::Link(link.submit(&raw, requests.len() + 2)), shape }
+}
+
+enum From {
+    Link(Replies),
+    Local(BoxFuture<'static, Result<Option<Vec<Reply>>>>, Protocol),
+    Failed(Error),
+}
+
+/// Which part of what the shard answers is the reply.
+#[derive(Clone, Copy, Debug)]
+enum Shape {
+    Whole,
+    /// The reply of `EXEC`.
+    Exec,
+    /// The reply to the one request of a unit.
+    Attempt,
+}
+
+/// A request on its way; resolves to its reply as it stands on the wire.
+pub struct Forwarded {
+    from: From,
+    shape: Shape,
+}
+
+impl Future for Forwarded {
+    type Output = Result<Bytes>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<Bytes>> {
+        let shape = self.shape;
+        match &mut self.from {
+            From::Link(replies) => {
+                let bytes = ready!(Pin::new(replies).poll(context)).unwrap_or_else(|_| Err(link_gone()));
+                Poll::Ready(bytes.map(|bytes| shape.take(bytes)))
+            }
+            From::Local(run, protocol) => {
+                let protocol = *protocol;
+                let replies = ready!(run.as_mut().poll(context));
+                Poll::Ready(replies.map(|replies| shape.encode(replies, protocol)))
+            }
+            From::Failed(error) => Poll::Ready(Err(error.clone())),
+        }
+    }
+}
+
+fn link_gone() -> Error {
+    Error::new(Code::ShardDown, "the link to the shard ended; the write may have happened")
+}
+
+impl Shape {
+    /// From the replies of a server.
+    fn take(self, bytes: Bytes) -> Bytes {
+        let (Shape::Exec | Shape::Attempt) = self else { return bytes };
+        let mut replies = cut::replies(&bytes);
+        let exec = replies.pop().unwrap_or_default();
+        if let Shape::Exec = self {
+            return exec;
+        }
+        match replies.get(1) {
+            Some(queued) if cut::is_error(queued) => queued.clone(),
+            _ if exec.starts_with(b"*1\r\n") => exec.slice(4..),
+            _ => exec,
+        }
+    }
+
+    /// From the replies of a keyspace in this process.
+    fn encode(self, replies: Option<Vec<Reply>>, protocol: Protocol) -> Bytes {
+        let mut out = BytesMut::new();
+        match (self, replies) {
+            (_, None) => Reply::NullArray.encode(protocol, &mut out),
+            (Shape::Exec, Some(replies)) => Reply::Array(replies).encode(protocol, &mut out),
+            (_, Some(replies)) => replies.iter().for_each(|reply| reply.encode(protocol, &mut out)),
+        }
+        out.freeze()
+    }
+}
+
+/// Something that a session is to answer, in the order of the requests.
+pub enum Started {
+    Reply(Reply),
+    /// On its way; the requests behind it may go on.
+    Forward(Forwarded),
+    /// Several steps; the requests behind it wait.
+    Later(BoxFuture<'static, Reply>),
+    /// The same, and it waits for something that may never come.
+    Waiting(BoxFuture<'static, (Reply, Option<park::GiveBack>)>),
+    /// Nothing is answered.
+    Nothing,
+}
+
+impl std::convert::From<Error> for Started {
+    fn from(error: Error) -> Started {
+        Started::Reply(error.into())
+    }
+}
+
+fn raw(result: Result<Bytes>) -> Reply {
+    result.map_or_else(Reply::Error, Reply::Raw)
+}
+
+/// A request: its row, its words, and the bytes that it came in.
+#[derive(Clone, Copy)]
+pub struct Request<'a> {
+    pub row: &'static Row,
+    pub words: &'a [Bytes],
+    pub raw: &'a Bytes,
+    pub protocol: Protocol,
+}

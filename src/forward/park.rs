@@ -1,0 +1,561 @@
+//! Clients that wait for keys of a shard, without a connection to it for each.
+//!
+//! A blocking command is tried as `MULTI` lets it run, which never waits. Finds it nothing, the client stands in the line
+//! of each of its keys, and the key is *armed*: read on the process's one listening link to the shard, with
+//! `CLIENT TRACKING ON`, so that the next change of it is pushed to us. What comes between the first try and the arming is
+//! found by a second try. A change wakes the client at the front of the key's line, and only that one; who leaves a line
+//! whose key is not armed wakes the next, so an element is never looked for by a crowd.
+//!
+//! ```text
+//! try ── found ──► answer                      changed (push)
+//!  └─ nothing ─► stand in line ─► arm ─► try ─ nothing ─► sleep ──┬──► try, arm, try ...
+//!                                                                 └── slow poll behind it all
+//! ```
+//!
+//! Promises: first come, first served within a process, for each key; exactly one element is taken for a client, because
+//! one task does the trying; a client that goes away while it sleeps holds nothing, and an element that was taken for one
+//! that went away in that very moment is pushed back at the end that it came from ([`GiveBack`]).
+
+use std::collections::{HashMap, VecDeque};
+use std::future::Future;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use foldhash::fast::RandomState;
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
+
+use super::hub::Hub;
+use super::{Forwarded, Request, Started, Ways, check_key, put_request};
+use crate::command::ordinary::{Wait, find_word};
+use crate::error::{Error, Result};
+use crate::resp::cut;
+use crate::resp::reply::{Protocol, Reply};
+use crate::shard::redis::link::{Heard, Link};
+use crate::shard::{Keys, Keyspace};
+
+/// The slow poll behind the pushes: who is at the front looks again after so long, and as much again at random.
+const POLL_EVERY: Duration = Duration::from_secs(5);
+/// The same while the listening link is down.
+const POLL_BLIND: Duration = Duration::from_millis(500);
+/// A wait without an end, in practice.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// The line for one key.
+#[derive(Default)]
+struct Spot {
+    line: VecDeque<Arc<Notify>>,
+    /// The next change of the key will be heard, and none was since this was set.
+    armed: bool,
+}
+
+type Spots = HashMap<Bytes, Spot, RandomState>;
+
+/// The clients of this process that wait for keys of one shard.
+pub struct Park {
+    spots: Arc<Mutex<Spots>>,
+    shard: usize,
+    name: Arc<str>,
+    keyspace: Keyspace,
+    hub: Arc<Hub>,
+    /// Opened when first needed, on the thread that needs it.
+    ear: OnceLock<Ear>,
+}
+
+/// How changes of keys are heard.
+enum Ear {
+    Link(Arc<Link>),
+    Local,
+    Deaf,
+}
+
+fn lock(spots: &Mutex<Spots>) -> MutexGuard<'_, Spots> {
+    spots.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Park {
+    pub fn new(shard: usize, name: Arc<str>, keyspace: Keyspace, hub: Arc<Hub>) -> Arc<Park> {
+        Arc::new(Park { spots: Arc::default(), shard, name, keyspace, hub, ear: OnceLock::new() })
+    }
+
+    /// The one listening link to the shard, which carries subscriptions as well; `None` where none is needed.
+    pub fn listener(&self) -> Option<&Arc<Link>> {
+        match self.ear() {
+            Ear::Link(link) => Some(link),
+            Ear::Local | Ear::Deaf => None,
+        }
+    }
+
+    fn ear(&self) -> &Ear {
+        self.ear.get_or_init(|| match &self.keyspace {
+            Keyspace::None => Ear::Deaf,
+            Keyspace::Local(keys) => {
+                listen_local(&**keys, self.spots.clone());
+                Ear::Local
+            }
+            Keyspace::Server(dial) => {
+                let (spots, hub, shard) = (self.spots.clone(), self.hub.clone(), self.shard);
+                let on_heard = move |link: &Link, heard: Heard| match heard {
+                    Heard::Opened => {
+                        // Nothing waits for the reply: where tracking is not known the poll serves.
+                        drop(link.submit(b"*3\r\n$6\r\nCLIENT\r\n$8\r\nTRACKING\r\n$2\r\nON\r\n", 1));
+                        hub.opened(shard, link);
+                        forget_arms(&spots);
+                    }
+                    Heard::Lost => {
+                        hub.lost(shard);
+                        forget_arms(&spots);
+                    }
+                    Heard::Push(push) => match invalidated(&push) {
+                        Some(Some(keys)) => keys.iter().for_each(|key| changed(&spots, key)),
+                        Some(None) => forget_arms(&spots),
+                        None => hub.heard(shard, &push),
+                    },
+                };
+                Ear::Link(Link::listen(self.name.clone(), dial.clone(), Box::new(on_heard)))
+            }
+        })
+    }
+
+    /// From here on a change of the key wakes the front of its line. False when that cannot be said.
+    async fn arm(&self, key: &Bytes) -> bool {
+        let ear = self.ear();
+        // Set first: a change that comes before the answer takes it away again.
+        if let Some(spot) = lock(&self.spots).get_mut(key) {
+            spot.armed = true;
+        }
+        let armed = match ear {
+            Ear::Local => true,
+            Ear::Deaf => false,
+            Ear::Link(link) => {
+                let mut raw = BytesMut::new();
+                put_request(&mut raw, &[Bytes::from_static(b"TYPE"), key.clone()]);
+                matches!(link.submit(&raw, 1).await, Ok(Ok(reply)) if !cut::is_error(&reply))
+            }
+        };
+        if !armed && let Some(spot) = lock(&self.spots).get_mut(key) {
+            spot.armed = false;
+        }
+        armed
+    }
+}
+
+fn listen_local(keys: &dyn Keys, spots: Arc<Mutex<Spots>>) {
+    keys.observe(Arc::new(move |key: &[u8]| changed(&spots, key)));
+}
+
+/// The keys of an invalidation; the inner `None` is all of them. `None`: it is another push.
+fn invalidated(push: &Bytes) -> Option<Option<Vec<Bytes>>> {
+    let parts = cut::items(push)?;
+    if cut::text(parts.first()?)? != b"invalidate"[..] {
+        return None;
+    }
+    Some(parts.get(1).and_then(cut::items).map(|keys| keys.iter().filter_map(cut::text).collect()))
+}
+
+fn changed(spots: &Mutex<Spots>, key: &[u8]) {
+    if let Some(spot) = lock(spots).get_mut(key) {
+        spot.armed = false;
+        if let Some(front) = spot.line.front() {
+            front.notify_one();
+        }
+    }
+}
+
+fn forget_arms(spots: &Mutex<Spots>) {
+    for spot in lock(spots).values_mut() {
+        spot.armed = false;
+        if let Some(front) = spot.line.front() {
+            front.notify_one();
+        }
+    }
+}
+
+/// A client's places in the lines of its keys; leaves them when dropped.
+struct Standing {
+    bell: Arc<Notify>,
+    places: Vec<(Arc<Park>, Bytes)>,
+}
+
+impl Standing {
+    fn join(keys: &[(Arc<Park>, Bytes)]) -> Standing {
+        let bell = Arc::new(Notify::new());
+        let mut places: Vec<(Arc<Park>, Bytes)> = Vec::new();
+        for (park, key) in keys {
+            if places.iter().any(|(_, known)| known == key) {
+                continue;
+            }
+            lock(&park.spots).entry(key.clone()).or_default().line.push_back(bell.clone());
+            places.push((park.clone(), key.clone()));
+        }
+        Standing { bell, places }
+    }
+
+    /// Whether the client is at the front for the key, and whether the key is armed.
+    fn state(&self, park: &Park, key: &Bytes) -> (bool, bool) {
+        let spots = lock(&park.spots);
+        let Some(spot) = spots.get(key) else { return (false, false) };
+        (spot.line.front().is_some_and(|front| Arc::ptr_eq(front, &self.bell)), spot.armed)
+    }
+}
+
+impl Drop for Standing {
+    fn drop(&mut self) {
+        for (park, key) in &self.places {
+            let mut spots = lock(&park.spots);
+            let Some(spot) = spots.get_mut(key) else { continue };
+            let was_front = spot.line.front().is_some_and(|front| Arc::ptr_eq(front, &self.bell));
+            spot.line.retain(|bell| !Arc::ptr_eq(bell, &self.bell));
+            match spot.line.front() {
+                None => {
+                    spots.remove(key);
+                }
+                Some(next) if was_front && !spot.armed => next.notify_one(),
+                Some(_) => {}
+            }
+        }
+    }
+}
+
+/// One client's blocking command.
+struct Waiter {
+    ways: Arc<Ways>,
+    protocol: Protocol,
+    words: Vec<Bytes>,
+    kind: Kind,
+    /// In the order of the request: the shard, the key, and where the key stands.
+    keys: Vec<(usize, Bytes, usize)>,
+}
+
+/// How a request with fewer keys is made of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// `BLPOP key ... timeout`.
+    Popping,
+    /// `BLMPOP timeout count key ... rest`.
+    Numbered,
+    /// `XREAD ... STREAMS key ... id ...`.
+    Streams,
+    /// Both keys of `BLMOVE` belong together.
+    Whole,
+}
+
+/// Starts a blocking command.
+pub fn start(ways: &Arc<Ways>, wait: Wait, request: Request<'_>) -> Started {
+    let Request { row, words, protocol, raw } = request;
+    if !row.has_arity(words.len()) {
+        return row.wrong_arity().into();
+    }
+    let limit = match how_long(wait, words) {
+        // It does not wait, or the server must say what is wrong with it.
+        None => {
+            return match ways.shard_of(row.keys, words) {
+                Ok(shard) if wait == Wait::Option => Started::Forward(ways.pass(shard, protocol, raw, words)),
+                Ok(shard) => Started::Forward(ways.attempt(shard, protocol, words.to_vec())),
+                Err(error) => error.into(),
+            };
+        }
+        Some(limit) => limit,
+    };
+    match Waiter::new(ways, wait, request) {
+        Ok(waiter) => Started::Waiting(Box::pin(waiter.wait(limit))),
+        Err(error) => error.into(),
+    }
+}
+
+/// `None`: the request does not wait, or its timeout makes no sense.
+fn how_long(wait: Wait, words: &[Bytes]) -> Option<Duration> {
+    let word = match wait {
+        Wait::SecondsFirst => words.get(1),
+        Wait::SecondsLast => words.last(),
+        Wait::Option => {
+            let streams = find_word(words, b"STREAMS")?;
+            words.get(find_word(words, b"BLOCK").filter(|at| *at < streams)? + 1)
+        }
+    };
+    let text = std::str::from_utf8(word?).ok()?;
+    let limit = match wait {
+        Wait::Option => Duration::from_millis(text.parse().ok()?),
+        _ => Duration::try_from_secs_f64(text.parse().ok()?).ok()?,
+    };
+    Some(if limit.is_zero() { FOREVER } else { limit.min(FOREVER) })
+}
+
+impl Waiter {
+    fn new(ways: &Arc<Ways>, wait: Wait, request: Request<'_>) -> Result<Waiter> {
+        let Request { row, words, protocol, .. } = request;
+        let kind = match (wait, row.name) {
+            (_, "BLMOVE" | "BRPOPLPUSH") => Kind::Whole,
+            (Wait::SecondsLast, _) => Kind::Popping,
+            (Wait::SecondsFirst, _) => Kind::Numbered,
+            (Wait::Option, _) => Kind::Streams,
+        };
+        let mut keys = Vec::new();
+        row.keys.each(words, |at| {
+            let key = words.get(at).cloned().unwrap_or_default();
+            check_key(&key)?;
+            keys.push((ways.home(&key), key, at));
+            Ok(())
+        })?;
+        if kind == Kind::Whole {
+            ways.shard_of(row.keys, words)?;
+            keys.truncate(1);
+        }
+        Ok(Waiter { ways: ways.clone(), protocol, words: words.to_vec(), kind, keys })
+    }
+
+    /// The request with these of its keys alone.
+    fn words_for(&self, keys: &[&(usize, Bytes, usize)]) -> Vec<Bytes> {
+        if keys.len() == self.keys.len() {
+            return self.words.clone();
+        }
+        let names = keys.iter().map(|(_, key, _)| key.clone());
+        let count = self.keys.len();
+        match self.kind {
+            Kind::Whole => self.words.clone(),
+            Kind::Popping => {
+                self.words.iter().take(1).cloned().chain(names).chain(self.words.last().cloned()).collect()
+            }
+            Kind::Numbered => {
+                let rest = self.words.iter().skip(3 + count).cloned();
+                let number = Bytes::from(keys.len().to_string());
+                self.words.iter().take(2).cloned().chain([number]).chain(names).chain(rest).collect()
+            }
+            Kind::Streams => {
+                let first = self.keys.first().map_or(0, |(_, _, at)| *at);
+                let ids = keys.iter().filter_map(|(_, _, at)| self.words.get(at + count).cloned());
+                self.words.iter().take(first).cloned().chain(names).chain(ids).collect()
+            }
+        }
+    }
+
+    /// Tries the keys that `wanted` lets, shard by shard in the order of the request; neighbours on one shard at once.
+    async fn attempt(&self, wanted: impl Fn(usize) -> bool) -> Option<(Reply, Option<GiveBack>)> {
+        let wanted: Vec<&(usize, Bytes, usize)> =
+            self.keys.iter().enumerate().filter(|(place, _)| wanted(*place)).map(|(_, key)| key).collect();
+        for group in wanted.chunk_by(|a, b| a.0 == b.0) {
+            let shard = group.first().map_or(0, |key| key.0);
+            let words = self.words_for(group);
+            let taking = Taking {
+                sent: Some(self.ways.attempt(shard, self.protocol, words)),
+                back: Back { ways: self.ways.clone(), shard, words: self.words.clone() },
+            };
+            match taking.reply().await {
+                Err(error) => return Some((error.into(), None)),
+                Ok((reply, _)) if cut::is_null(&reply) => {}
+                Ok((reply, back)) => return Some((Reply::Raw(reply.clone()), GiveBack::of(reply, back))),
+            }
+        }
+        None
+    }
+
+    async fn wait(mut self, limit: Duration) -> (Reply, Option<GiveBack>) {
+        let deadline = Instant::now() + limit;
+        if self.kind == Kind::Streams
+            && let Err(error) = self.pin_last_ids().await
+        {
+            return (error.into(), None);
+        }
+        let spots: Vec<(Arc<Park>, Bytes)> =
+            self.keys.iter().map(|(shard, key, _)| (self.ways.shared.park(*shard).clone(), key.clone())).collect();
+        let is_free = |place: usize| !lock(&spots[place].0.spots).contains_key(&spots[place].1);
+        if let Some(found) = self.attempt(is_free).await {
+            return found;
+        }
+        let standing = Standing::join(&spots);
+        let state = |place: usize| standing.state(&spots[place].0, &spots[place].1);
+        let restless = |place: usize| state(place) == (true, false);
+        let (mut polled, mut woken) = (false, false);
+        loop {
+            let open: Vec<usize> = (0..spots.len()).filter(|at| restless(*at) || (polled && state(*at).0)).collect();
+            if woken && let Some(found) = self.attempt(|at| open.contains(&at)).await {
+                return found;
+            }
+            let mut heard = true;
+            for at in &open {
+                heard &= spots[*at].0.arm(&spots[*at].1).await;
+            }
+            if let Some(found) = self.attempt(|at| open.contains(&at) && state(at).0).await {
+                return found;
+            }
+            woken = heard && (0..spots.len()).any(restless);
+            if woken {
+                continue;
+            }
+            let pause = if heard { POLL_EVERY } else { POLL_BLIND };
+            let until = deadline.min(Instant::now() + pause.mul_f64(1.0 + rand::random::<f64>()));
+            let rang = timeout_at(until, standing.bell.notified()).await.is_ok();
+            if !rang && until >= deadline {
+                return (Reply::NullArray, None);
+            }
+            (polled, woken) = (!rang, rang);
+        }
+    }
+
+    /// `$` means the last entry at the time of the request, not at the time of a later try.
+    async fn pin_last_ids(&mut self) -> Result<()> {
+        let count = self.keys.len();
+        for (shard, key, at) in &self.keys {
+            if self.words.get(at + count).is_none_or(|id| id.as_ref() != b"$") {
+                continue;
+            }
+            let ask = [Bytes::from_static(b"XINFO"), Bytes::from_static(b"STREAM"), key.clone()];
+            let reply = self.ways.send(*shard, Protocol::Resp2, ask.to_vec()).await?;
+            let fields = cut::items(&reply).unwrap_or_default();
+            let is_last_id = |field: &Bytes| cut::text(field).is_some_and(|name| name == b"last-generated-id"[..]);
+            let id = fields.iter().position(is_last_id).and_then(|place| cut::text(fields.get(place + 1)?));
+            if let Some(word) = self.words.get_mut(at + count) {
+                *word = id.unwrap_or(Bytes::from_static(b"0-0"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is needed to push back what a request took.
+struct Back {
+    ways: Arc<Ways>,
+    shard: usize,
+    words: Vec<Bytes>,
+}
+
+impl Back {
+    fn take(&mut self) -> Back {
+        Back { ways: self.ways.clone(), shard: self.shard, words: std::mem::take(&mut self.words) }
+    }
+}
+
+/// A try on its way. Dropped before its reply came, what it takes is pushed back.
+struct Taking {
+    sent: Option<Forwarded>,
+    back: Back,
+}
+
+impl Taking {
+    async fn reply(mut self) -> Result<(Bytes, Back)> {
+        let sent = std::future::poll_fn(|context| match &mut self.sent {
+            Some(sent) => std::pin::Pin::new(sent).poll(context),
+            None => std::task::Poll::Ready(Err(Error::bad("asked twice"))),
+        });
+        let reply = sent.await;
+        self.sent = None;
+        let back = self.back.take();
+        reply.map(|reply| (reply, back))
+    }
+}
+
+impl Drop for Taking {
+    fn drop(&mut self) {
+        let Some(sent) = self.sent.take() else { return };
+        let back = self.back.take();
+        tokio::spawn(async move {
+            if let Ok(reply) = sent.await {
+                drop(GiveBack::of(reply, back));
+            }
+        });
+    }
+}
+
+/// Pushes what was taken for a client back at the end that it came from, unless it is settled first.
+pub struct GiveBack {
+    back: Option<Back>,
+    /// The request that undoes it.
+    undo: Vec<Bytes>,
+}
+
+impl std::fmt::Debug for GiveBack {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "GiveBack({} words)", self.undo.len())
+    }
+}
+
+impl GiveBack {
+    /// `None` where nothing was taken out of the shard: a move, a stream, an error.
+    fn of(reply: Bytes, back: Back) -> Option<GiveBack> {
+        let undo = undo(&reply, &back.words)?;
+        Some(GiveBack { back: Some(back), undo })
+    }
+
+    /// The client has it.
+    pub fn settle(mut self) {
+        self.back = None;
+    }
+}
+
+impl Drop for GiveBack {
+    fn drop(&mut self) {
+        if let Some(back) = self.back.take() {
+            drop(back.ways.send(back.shard, Protocol::Resp2, std::mem::take(&mut self.undo)));
+        }
+    }
+}
+
+/// The request that puts back what the reply took out.
+fn undo(reply: &Bytes, words: &[Bytes]) -> Option<Vec<Bytes>> {
+    let parts = cut::items(reply)?;
+    let key = cut::text(parts.first()?)?;
+    let name = words.first()?.to_ascii_uppercase();
+    let word = |word: &'static [u8]| Bytes::from_static(word);
+    let from_left = || words.iter().skip(3).any(|word| word.eq_ignore_ascii_case(b"LEFT"));
+    match name.as_slice() {
+        b"BLPOP" => Some(vec![word(b"LPUSH"), key, cut::text(parts.get(1)?)?]),
+        b"BRPOP" => Some(vec![word(b"RPUSH"), key, cut::text(parts.get(1)?)?]),
+        b"BLMPOP" => {
+            let push = if from_left() { word(b"LPUSH") } else { word(b"RPUSH") };
+            let elements = cut::items(parts.get(1)?)?;
+            Some([push, key].into_iter().chain(elements.iter().rev().filter_map(cut::text)).collect())
+        }
+        b"BZPOPMIN" | b"BZPOPMAX" => {
+            Some(vec![word(b"ZADD"), key, cut::text(parts.get(2)?)?, cut::text(parts.get(1)?)?])
+        }
+        b"BZMPOP" => {
+            let mut undo = vec![word(b"ZADD"), key];
+            for pair in cut::items(parts.get(1)?)? {
+                let pair = cut::items(&pair)?;
+                undo.extend([cut::text(pair.get(1)?)?, cut::text(pair.first()?)?]);
+            }
+            Some(undo)
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_taken_goes_back_at_its_end() {
+        for (request, reply, expected) in [
+            ("BLPOP a 0", "*2\r\n$1\r\na\r\n$1\r\nx\r\n", Some("LPUSH a x")),
+            ("brpop b a 0", "*2\r\n$1\r\na\r\n$1\r\nx\r\n", Some("RPUSH a x")),
+            ("BLMPOP 0 1 a LEFT", "*2\r\n$1\r\na\r\n*2\r\n$1\r\nx\r\n$1\r\ny\r\n", Some("LPUSH a y x")),
+            ("BZPOPMIN a 0", "*3\r\n$1\r\na\r\n$1\r\nx\r\n,1.5\r\n", Some("ZADD a 1.5 x")),
+            ("BZMPOP 0 1 a MIN", "*2\r\n$1\r\na\r\n*1\r\n*2\r\n$1\r\nx\r\n$1\r\n2\r\n", Some("ZADD a 2 x")),
+            ("BLMOVE a b LEFT LEFT 0", "$1\r\nx\r\n", None),
+            ("BLPOP a 0", "-WRONGTYPE no\r\n", None),
+        ] {
+            let words: Vec<Bytes> = request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect();
+            let undone = undo(&Bytes::copy_from_slice(reply.as_bytes()), &words);
+            let line = undone.map(|words| {
+                words.iter().map(|word| String::from_utf8_lossy(word).into_owned()).collect::<Vec<_>>().join(" ")
+            });
+            assert_eq!(line.as_deref(), expected, "{request}");
+        }
+    }
+
+    #[test]
+    fn timeouts_are_read_in_redis_units() {
+        let limit = |wait, line: &str| {
+            let words: Vec<Bytes> = line.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect();
+            how_long(wait, &words)
+        };
+        assert_eq!(limit(Wait::SecondsLast, "BLPOP a 0.5"), Some(Duration::from_millis(500)));
+        assert_eq!(limit(Wait::SecondsLast, "BLPOP a 0"), Some(FOREVER));
+        assert_eq!(limit(Wait::SecondsLast, "BLPOP a -1"), None);
+        assert_eq!(limit(Wait::SecondsFirst, "BLMPOP 2 1 a LEFT"), Some(Duration::from_secs(2)));
+        assert_eq!(limit(Wait::Option, "XREAD BLOCK 20 STREAMS a 0"), Some(Duration::from_millis(20)));
+        assert_eq!(limit(Wait::Option, "XREAD STREAMS BLOCK 0"), None);
+    }
+}
