@@ -241,7 +241,6 @@ impl Conversation {
         }
         match watching {
             Watching::Local(watched) => {
-                let count = queue.requests.len();
                 Started::Forward(self.ways.run(shard, protocol, queue.requests, watched, Shape::Exec))
             }
             Watching::Link { link, generation, protocol } => {

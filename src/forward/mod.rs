@@ -178,7 +178,6 @@ impl Ways {
 
     /// Runs requests as one transaction; the answer is that of `EXEC`.
     pub fn transact(&self, shard: usize, protocol: Protocol, requests: Vec<Vec<Bytes>>) -> Forwarded {
-        let count = requests.len();
         self.unit(shard, protocol, requests, Shape::Exec)
     }
 
