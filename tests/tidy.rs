@@ -7,10 +7,11 @@
 use std::path::{Path, PathBuf};
 
 /// The top-level modules by floor, from the bottom.
-const FLOORS: [&[&str]; 7] = [
+const FLOORS: [&[&str]; 8] = [
     &["error", "clock", "job", "metrics", "resp"],
     &["shard"],
     &["command", "dispatch"],
+    &["forward"],
     &["execute", "alert", "clients"],
     &["process"],
     &["session", "http"],
