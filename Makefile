@@ -26,7 +26,7 @@ bench:
 	$(CARGO) run --release -- bench
 
 tools:
-	@for tool in redis-server redis-cli setpriv node gcc; do \
+	@for tool in redis-server redis-cli setpriv node gcc promtool haproxy systemd-analyze; do \
 	  command -v $$tool >/dev/null || echo "missing: $$tool (run .ci/setup)"; done
 	@[ -x $(TARGET)/venv/bin/python ] || echo "missing: the test venv with Redis 6.2 and Valkey 9 (run .ci/setup)"
 	@[ -d $(TARGET)/clients/node_modules ] || echo "missing: the Node clients (run .ci/setup)"

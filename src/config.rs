@@ -12,6 +12,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::de::{self, Deserializer};
@@ -735,12 +736,12 @@ impl Config {
             lease_ms_max: self.limits.lease_ms_max,
             batch_jobs_max: self.limits.batch_jobs_max,
             block_ms_max: self.limits.block_ms_max,
-            policy: Policy {
+            policy: Arc::new(Policy {
                 attempts: self.queue.attempts,
                 backoff: self.queue.backoff_ms,
                 backoff_max: self.queue.backoff_max_ms,
                 ..Policy::default()
-            },
+            }),
         }
     }
 

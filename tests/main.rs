@@ -1,6 +1,10 @@
 //! The integration tests: one binary, one module for each kind of promise.
 #![allow(clippy::unwrap_used, reason = "a test that meets what it did not expect should stop there")]
 
+/// What is under deploy/ fits this program and the programs that read it.
+mod deploy;
+/// What hostile clients send is taken as Redis takes it; parser and scanner meet any bytes.
+mod frames;
 /// Real processes, a raw client, and waiting without sleeping.
 #[allow(dead_code, reason = "a house for all tests: not every one of them uses every room")]
 mod support;

@@ -30,8 +30,8 @@ impl Options {
 }
 
 /// 0 and silence, or 1 and why on standard error.
-pub fn run(options: Options) -> ExitCode {
-    match ping(options) {
+pub fn run(options: &Options) -> ExitCode {
+    match ping(*options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             eprintln!("goflow healthcheck: {}: {why}", options.address);

@@ -15,6 +15,7 @@ use clap::Parser;
 use crate::config::{Config, Override};
 
 pub mod bench;
+pub mod check;
 pub mod healthcheck;
 
 /// Bad usage or configuration; `EX_USAGE` of sysexits.h.

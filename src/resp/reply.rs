@@ -29,6 +29,8 @@ pub enum Reply {
     /// `*-1` on RESP2: what a blocking pop answers when its time is up.
     NullArray,
     Array(Vec<Reply>),
+    /// A RESP3 set; on RESP2 a plain array.
+    Set(Vec<Reply>),
     Map(Vec<(Reply, Reply)>),
     /// A RESP3 push; on RESP2 a plain array.
     Push(Vec<Reply>),
@@ -77,6 +79,7 @@ impl Reply {
             Reply::Null => out.put_slice(b"$-1\r\n"),
             Reply::NullArray => out.put_slice(b"*-1\r\n"),
             Reply::Array(items) => put_items(out, b'*', items, protocol),
+            Reply::Set(items) => put_items(out, if resp3 { b'~' } else { b'*' }, items, protocol),
             Reply::Push(items) => put_items(out, if resp3 { b'>' } else { b'*' }, items, protocol),
             Reply::Map(pairs) => {
                 put_map_header(out, pairs.len(), protocol);

@@ -265,6 +265,9 @@ pub trait Shard: Send + Sync + 'static {
     /// says why the shard must not be used: another stamp, another shard's name, or a map that is newer or not the same.
     fn claim(&self, stamp: Stamp) -> BoxFuture<'_, Result<()>>;
 
+    /// The stamp that the shard bears, if any; changes nothing. For `goflow check`.
+    fn stamp(&self) -> BoxFuture<'_, Result<Option<Stamp>>>;
+
     /// What takes the shard's ordinary commands.
     fn keyspace(&self) -> Keyspace {
         Keyspace::None

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::{Buf, BytesMut};
@@ -14,7 +14,7 @@ use hdrhistogram::Histogram;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::watch;
+use tokio::sync::{Barrier, watch};
 use tokio::task::JoinSet;
 
 use super::{Mode, Options};
@@ -47,7 +47,9 @@ pub struct Tally {
     finished: AtomicU64,
     producers_left: AtomicUsize,
     has_workers: bool,
-    begin: Instant,
+    /// Everybody connects first; only then the clock runs.
+    connected: Barrier,
+    begin: OnceLock<Instant>,
     end: Mutex<Option<Instant>>,
     stop: watch::Sender<bool>,
 }
@@ -60,7 +62,8 @@ impl Tally {
             finished: AtomicU64::new(0),
             producers_left: AtomicUsize::new(phase.producers as usize),
             has_workers: phase.workers > 0,
-            begin: Instant::now(),
+            connected: Barrier::new((phase.producers + phase.workers) as usize),
+            begin: OnceLock::new(),
             end: Mutex::new(None),
             stop: watch::Sender::new(false),
         }
@@ -78,7 +81,8 @@ impl Tally {
 
     pub fn elapsed(&self) -> Duration {
         let end = lock(&self.end);
-        end.unwrap_or_else(Instant::now) - self.begin
+        let begin = self.begin.get().copied().unwrap_or_else(Instant::now);
+        end.unwrap_or_else(Instant::now).saturating_duration_since(begin)
     }
 
     /// Ends the phase, now.
@@ -86,6 +90,14 @@ impl Tally {
         let mut end = lock(&self.end);
         end.get_or_insert_with(Instant::now);
         self.stop.send_replace(true);
+    }
+
+    /// A connection, once all others stand too or have failed.
+    async fn connect(&self, address: &str) -> io::Result<Connection> {
+        let connection = Connection::open(address).await;
+        self.connected.wait().await;
+        self.begin.get_or_init(Instant::now);
+        connection
     }
 
     fn take(&self, most: u64) -> u64 {
@@ -299,7 +311,7 @@ struct Producer;
 
 impl Producer {
     async fn run(options: &Options, tally: &Tally, producers: u32, measured: &Mutex<Measured>) -> io::Result<()> {
-        let mut connection = Connection::open(&options.addr).await?;
+        let mut connection = tally.connect(&options.addr).await?;
         let round_max = u64::from(options.pipeline) * u64::from(options.batch);
         let mut pace = Pace::new(options.rate, producers);
         let mut round = Round::new(options, round_max);
@@ -441,7 +453,7 @@ struct Worker<'a> {
 
 impl Worker<'_> {
     async fn run(options: &Options, tally: &Tally, together: bool, measured: &Mutex<Measured>) -> io::Result<()> {
-        let mut connection = Connection::open(&options.addr).await?;
+        let mut connection = tally.connect(&options.addr).await?;
         let (held, came) = (Delivered::default(), Delivered::default());
         let mut worker = Worker { options, together, out: BytesMut::new(), asked: Vec::new(), held, came };
         loop {

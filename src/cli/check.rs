@@ -1,0 +1,198 @@
+//! `goflow check`: says whether a configuration would start, and what each shard answers.
+//!
+//! Changes nothing on a shard: a stamp is read and compared, not taken, so that the next configuration can be checked while
+//! the present one runs. An embedded shard is the exception that it cannot be opened while a server has it open.
+//! Exit code 0 if `goflow serve` would start and reach every shard, else 1; what is only unsafe is a warning.
+
+use std::fmt::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+
+use crate::config::Config;
+use crate::dispatch::ShardEntry;
+use crate::error::Error;
+use crate::shard::{Health, Stamp};
+
+/// What one shard said.
+struct Finding {
+    name: String,
+    weight: u32,
+    health: Result<Health, Error>,
+    stamp: Result<Option<Stamp>, Error>,
+}
+
+/// Checks and prints. `open` is how `serve` opens the shards of a configuration.
+pub fn run(config: &Config, open: impl FnOnce(&Config) -> Result<Vec<ShardEntry>, String>) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("goflow check: cannot start a runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let (text, problems) = runtime.block_on(async {
+        match open(config) {
+            Ok(shards) => report(config, &join_all(shards.iter().map(|entry| examine(entry, patience(config)))).await),
+            Err(why) => (format!("would not start: {why}\n"), 1),
+        }
+    });
+    print!("{text}");
+    ExitCode::from(u8::from(problems > 0))
+}
+
+fn patience(config: &Config) -> Duration {
+    config.timeouts.connect() + config.timeouts.answer()
+}
+
+async fn examine(entry: &ShardEntry, patience: Duration) -> Finding {
+    let asked = async { (entry.shard.probe().await, entry.shard.stamp().await) };
+    let (health, stamp) = tokio::time::timeout(patience, asked).await.unwrap_or_else(|_| {
+        let late = Error::shard_down(&entry.name, "did not answer in time", crate::error::Happened::No);
+        (Err(late.clone()), Err(late))
+    });
+    Finding { name: entry.name.to_string(), weight: entry.weight, health, stamp }
+}
+
+/// The report, and how many problems it holds.
+fn report(config: &Config, findings: &[Finding]) -> (String, usize) {
+    let mut text = format!(
+        "deployment {}, strategy {}, {} threads, to listen at {}\n",
+        config.deployment,
+        config.strategy.word(),
+        config.threads(),
+        config.listen
+    );
+    let (mut problems, mut warnings) = (0, 0);
+    for finding in findings {
+        let mut line = |mark: &str, what: &str| {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "  {mark}{what}");
+        };
+        line("", &format!("shard {}, weight {}{}", finding.name, finding.weight, place(config, &finding.name)));
+        match &finding.health {
+            Ok(health) => {
+                line("  ", &format!("{}; {}", health.server, health.durability));
+                health.warnings.iter().for_each(|warning| line("  warning: ", warning));
+                warnings += health.warnings.len();
+            }
+            Err(error) => {
+                line("  problem: ", &error.to_string());
+                problems += 1;
+            }
+        }
+        match &finding.stamp {
+            Ok(None) => line("  ", "not stamped yet"),
+            Ok(Some(stamp)) => match conflict(config, &finding.name, stamp) {
+                None => line("  ", &format!("stamped, shard map {}", stamp.map_version)),
+                Some(why) => {
+                    line("  problem: ", &why);
+                    problems += 1;
+                }
+            },
+            // The probe has said it already.
+            Err(_) if finding.health.is_err() => {}
+            Err(error) => {
+                line("  problem: ", &error.to_string());
+                problems += 1;
+            }
+        }
+    }
+    let verdict = if problems == 0 { "would start" } else { "would not start, or not serve every shard" };
+    text += &format!("{verdict}: {problems} problems, {warnings} warnings\n");
+    (text, problems)
+}
+
+/// Where the shard is; a partition of a cluster, `name/3`, is where the cluster is.
+fn place(config: &Config, name: &str) -> String {
+    let is_of = |shard: &str| name == shard || name.strip_prefix(shard).is_some_and(|rest| rest.starts_with('/'));
+    let shard = config.shard.iter().find(|shard| shard.name == name);
+    let shard = shard.or_else(|| config.shard.iter().find(|shard| shard.url.partitions() > 1 && is_of(&shard.name)));
+    shard.map_or_else(String::new, |shard| format!(", {}", shard.url))
+}
+
+/// Why a shard with this stamp would refuse the configuration.
+fn conflict(config: &Config, name: &str, stamp: &Stamp) -> Option<String> {
+    let Stamp { deployment, shard, map_version, map } = stamp;
+    if *deployment != config.deployment {
+        return Some(format!("it belongs to deployment {deployment}, not to {}", config.deployment));
+    }
+    if shard != name {
+        return Some(format!("it is stamped as shard {shard}: expected that name for this URL"));
+    }
+    if *map_version > config.map_version {
+        return Some(format!("its shard map is {map_version}, newer than map_version {}", config.map_version));
+    }
+    let line = config.shard_map_line();
+    if *map_version == config.map_version && *map != line {
+        return Some(format!("shard map {map_version} is '{map}' there and '{line}' here: raise map_version"));
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Happened;
+
+    fn config() -> Config {
+        let shards = ("GOFLOW_SHARDS".to_string(), "a=redis://u:hush@h,c=redis+cluster://p,q?partitions=2".to_string());
+        Config::load(None, [shards, ("GOFLOW_MAP_VERSION".into(), "3".into())], &[]).unwrap()
+    }
+
+    fn stamp() -> Stamp {
+        Stamp { deployment: "goflow".into(), shard: "a".into(), map_version: 3, map: config().shard_map_line() }
+    }
+
+    fn finding(name: &str, health: Result<Health, Error>, stamp: Result<Option<Stamp>, Error>) -> Finding {
+        Finding { name: name.into(), weight: 1, health, stamp }
+    }
+
+    #[test]
+    fn each_shard_is_shown_with_what_it_said() {
+        let health = Health {
+            server: "redis 7.0.15".into(),
+            durability: "appendonly".into(),
+            warnings: vec!["maxmemory-policy is allkeys-lru.".into()],
+        };
+        let findings = [finding("a", Ok(health), Ok(Some(stamp()))), finding("c/1", Ok(Health::default()), Ok(None))];
+        let (text, problems) = report(&config(), &findings);
+        assert_eq!(problems, 0);
+        for words in ["shard a, weight 1, redis://h:6379", "redis 7.0.15; appendonly", "warning: maxmemory", "map 3"] {
+            assert!(text.contains(words), "{words}: {text}");
+        }
+        assert!(text.contains("shard c/1, weight 1, redis+cluster://p:6379,q:6379?partitions=2"));
+        assert!(text.contains("not stamped yet") && text.ends_with("would start: 0 problems, 1 warnings\n"));
+        assert!(!text.contains("hush"));
+    }
+
+    #[test]
+    fn a_shard_that_is_down_is_one_problem() {
+        let down = || Error::shard_down("a", "refused the connection", Happened::No);
+        let (text, problems) = report(&config(), &[finding("a", Err(down()), Err(down()))]);
+        assert_eq!(problems, 1);
+        assert!(text.contains("problem: SHARDDOWN a refused the connection"), "{text}");
+    }
+
+    #[test]
+    fn a_stamp_that_the_shard_would_refuse_is_a_problem() {
+        let config = config();
+        let with = |change: fn(&mut Stamp)| {
+            let mut stamp = stamp();
+            change(&mut stamp);
+            conflict(&config, "a", &stamp)
+        };
+        assert_eq!(with(|_| ()), None);
+        assert_eq!(with(|stamp| (stamp.map_version, stamp.map) = (2, "other".into())), None);
+        assert!(with(|stamp| stamp.deployment = "other".into()).unwrap().contains("deployment other"));
+        assert!(with(|stamp| stamp.shard = "b".into()).unwrap().contains("shard b"));
+        assert!(with(|stamp| stamp.map_version = 4).unwrap().contains("newer"));
+        assert!(with(|stamp| stamp.map = "a*2".into()).unwrap().contains("raise map_version"));
+    }
+
+    #[test]
+    fn shards_that_cannot_be_opened_end_the_check() {
+        assert_eq!(run(&config(), |_| Err("no".into())), ExitCode::FAILURE);
+    }
+}

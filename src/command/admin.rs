@@ -1,0 +1,449 @@
+//! What operators ask and order: queues, statistics, shards, and Redis's own commands about the server.
+//!
+//! Most of it is answered by the process ([`Ask`]); statistics are added up here, for one queue and for all.
+
+use bytes::Bytes;
+use std::sync::Arc;
+
+use super::args::{Arg, Args, Kind, MS};
+use super::job::unexpected;
+use super::{Ask, Context, Flag, Group, Plan, Spec};
+use crate::error::{Code, Error, Result};
+use crate::resp::reply::Reply;
+use crate::shard::{Action, Op, Outcome, Stats};
+
+const QUEUE: Arg = Arg::new("queue", Kind::Queue);
+const ANYTHING: &[Arg] = &[Arg::new("argument", Kind::Text).many().optional()];
+const OPS: Spec = Spec { group: Group::Operations, ..Spec::BASE };
+const SERVER: Spec = Spec { group: Group::Server, since: "1.0.0", ..Spec::BASE };
+
+/// A command of Redis that would harm a queue, or that no proxy can mean: its row says so and its plan refuses it.
+const fn refused(name: &'static str, since: &'static str, summary: &'static str) -> Spec {
+    Spec {
+        name,
+        since,
+        summary,
+        args: ANYTHING,
+        flags: &[Flag::Admin],
+        reply: "The error `NOPERM`.",
+        errors: &[Code::NoPerm],
+        plan: refuse,
+        ..SERVER
+    }
+}
+
+pub static ROWS: &[Spec] = &[
+    Spec {
+        name: "GOFLOW.QUEUES",
+        summary: "Lists the queues that any shard has ever seen.",
+        flags: &[Flag::ReadOnly],
+        reply: "An array of names, sorted. A shard that does not answer is left out unless none does.",
+        errors: &[Code::ShardDown],
+        examples: "\
+> GOFLOW.ENQUEUE main hello
+\"<id>\"
+> GOFLOW.QUEUES
+1) \"main\"
+...",
+        plan: |_, _| Ok(Plan::Ask(Ask::Queues)),
+        ..OPS
+    },
+    Spec {
+        name: "GOFLOW.STATS",
+        summary: "Shows how many jobs a queue has in each state, and what has happened to its jobs.",
+        args: &[QUEUE.optional()],
+        flags: &[Flag::ReadOnly],
+        reply: "A map of the sums over all shards: `queue`, `queues`, `shards`, `paused` (1 when a shard has it paused), the \
+                jobs that are `ready`, `scheduled`, `leased`, `dead` and kept as `completed_kept`, `cancelled_kept`, \
+                `expired_kept`; since the queue was first seen, the jobs `enqueued`, `delivered`, `completed`, \
+                `failed`, `lapsed`, `released`, `died`, `redriven`, `cancelled`, `expired`; and `oldest_ready_ms`, how long \
+                the job that is next in line has waited, or null. Without a queue the sums over all queues, with `queue` \
+                null.",
+        errors: &[Code::ShardDown, Code::Overloaded],
+        examples: "\
+> GOFLOW.ENQUEUE stats-example hello
+\"<id>\"
+> GOFLOW.STATS stats-example
+ 1# \"queue\" => \"stats-example\"
+ 2# \"queues\" => (integer) 1
+ 3# \"shards\" => (integer) <shards>
+ 4# \"paused\" => (integer) 0
+ 5# \"ready\" => (integer) 1
+...",
+        plan: stats,
+        ..OPS
+    },
+    Spec {
+        name: "GOFLOW.SHARDS",
+        summary: "Shows the shards and how they are.",
+        flags: &[Flag::ReadOnly],
+        reply: "A map from each shard's name to a map: `name`, `state` (`up`, `down` or `draining`), `depth`, latency, errors \
+                and more.",
+        examples: "\
+> GOFLOW.SHARDS
+1# \"<shard>\" => 1# \"name\" => \"<shard>\"
+...",
+        plan: |_, _| Ok(Plan::Ask(Ask::Shards)),
+        ..OPS
+    },
+    Spec {
+        examples: "\
+> GOFLOW.SHARD HELP
+1) \"GOFLOW.SHARD <subcommand> [<arg> [value] [opt] ...]. Subcommands are:\"
+...",
+        ..Spec::container("GOFLOW.SHARD", Group::Operations, "0.1.0", "Orders to one shard.")
+    },
+    Spec {
+        name: "GOFLOW.SHARD|DRAIN",
+        summary: "Keeps new jobs away from a shard; what it holds is still delivered.",
+        args: &[Arg::new("name", Kind::Shard)],
+        flags: &[Flag::Admin],
+        reply: "`OK`; an error when it is the last shard that takes new jobs.",
+        examples: "\
+> GOFLOW.SHARD DRAIN no-such-shard
+(error) ERR ...",
+        plan: |args, _| drain(args, true),
+        ..OPS
+    },
+    Spec {
+        name: "GOFLOW.SHARD|UNDRAIN",
+        summary: "Lets a shard take new jobs again.",
+        args: &[Arg::new("name", Kind::Shard)],
+        flags: &[Flag::Admin],
+        reply: "`OK`.",
+        examples: "\
+> GOFLOW.SHARD UNDRAIN no-such-shard
+(error) ERR ...",
+        plan: |args, _| drain(args, false),
+        ..OPS
+    },
+    Spec {
+        name: "INFO",
+        summary: "Shows facts and figures about the server.",
+        args: &[Arg::new("section", Kind::Text).many().optional()],
+        reply: "A bulk string of lines `field:value` in sections, in Redis's form, with a section `GoFlow`.",
+        examples: "\
+> INFO goflow
+...",
+        plan: info,
+        ..SERVER
+    },
+    Spec {
+        name: "TIME",
+        since: "2.6.0",
+        summary: "Shows the server's clock.",
+        flags: &[Flag::Fast],
+        reply: "An array of the Unix time in seconds and the microseconds in that second.",
+        examples: "\
+> TIME
+1) \"<seconds>\"
+2) \"<microseconds>\"",
+        plan: |_, _| Ok(Plan::Ask(Ask::Time)),
+        ..SERVER
+    },
+    Spec::container("CONFIG", Group::Server, "2.0.0", "The server's settings."),
+    Spec {
+        name: "CONFIG|GET",
+        since: "2.0.0",
+        summary: "Shows settings whose names match.",
+        args: &[Arg::new("pattern", Kind::Pattern).many()],
+        flags: &[Flag::Admin],
+        reply: "A map from names to values: GoFlow's settings, and those of Redis's that clients look for.",
+        examples: "\
+> CONFIG GET maxmemory-policy
+1# \"maxmemory-policy\" => \"noeviction\"",
+        plan: config_get,
+        ..SERVER
+    },
+    Spec {
+        name: "CONFIG|RESETSTAT",
+        since: "2.0.0",
+        summary: "Does nothing: the server's counters only grow.",
+        flags: &[Flag::Admin],
+        reply: "`OK`.",
+        examples: "\
+> CONFIG RESETSTAT
+OK",
+        plan: |_, _| Ok(Plan::Now(Reply::OK)),
+        ..SERVER
+    },
+    refused("CONFIG|SET", "2.0.0", "Refused: settings come from the configuration file, the environment and flags."),
+    refused("CONFIG|REWRITE", "2.8.0", "Refused: the configuration file is the operator's."),
+    Spec {
+        name: "ROLE",
+        since: "2.8.12",
+        summary: "Says that this is a master without replicas.",
+        flags: &[Flag::Fast],
+        reply: "An array of `master`, 0 and an empty array.",
+        examples: "\
+> ROLE
+1) \"master\"
+2) (integer) 0
+3) (empty array)",
+        plan: |_, _| {
+            Ok(Plan::Now(Reply::Array(vec![Reply::text("master"), Reply::Integer(0), Reply::Array(Vec::new())])))
+        },
+        ..SERVER
+    },
+    Spec {
+        name: "WAIT",
+        since: "3.0.0",
+        summary: "Answers that no replica is known: how shards replicate is theirs.",
+        args: &[Arg::new("numreplicas", Kind::Integer(0, i64::MAX)), Arg::new("timeout", MS)],
+        reply: "0.",
+        examples: "\
+> WAIT 0 0
+(integer) 0",
+        plan: |_, _| Ok(Plan::Now(Reply::Integer(0))),
+        ..SERVER
+    },
+    Spec {
+        name: "CLUSTER",
+        since: "3.0.0",
+        summary: "Says that this is not a Redis Cluster: a proxy has one fixed address.",
+        args: &[Arg::new("subcommand", Kind::Text), Arg::new("argument", Kind::Text).many().optional()],
+        reply: "The error that a Redis without cluster support gives.",
+        examples: "\
+> CLUSTER NODES
+(error) ERR This instance has cluster support disabled",
+        plan: no_cluster,
+        ..SERVER
+    },
+    Spec {
+        name: "ASKING",
+        since: "3.0.0",
+        summary: "Says that this is not a Redis Cluster.",
+        reply: "The error that a Redis without cluster support gives.",
+        examples: "\
+> ASKING
+(error) ERR This instance has cluster support disabled",
+        plan: no_cluster,
+        ..SERVER
+    },
+    Spec::container("MODULE", Group::Server, "4.0.0", "Modules, of which there are none."),
+    Spec {
+        name: "MODULE|LIST",
+        since: "4.0.0",
+        summary: "Lists the loaded modules: none.",
+        reply: "An empty array.",
+        examples: "\
+> MODULE LIST
+(empty array)",
+        plan: |_, _| Ok(Plan::Now(Reply::Array(Vec::new()))),
+        ..SERVER
+    },
+    Spec::container("MEMORY", Group::Server, "4.0.0", "Memory diagnostics."),
+    Spec {
+        name: "MEMORY|DOCTOR",
+        since: "4.0.0",
+        summary: "Reports memory problems: none are looked for.",
+        reply: "A bulk string.",
+        examples: "\
+> MEMORY DOCTOR
+\"...",
+        plan: |_, _| Ok(Plan::Now(Reply::text("GoFlow keeps no data in memory that this could judge; see INFO."))),
+        ..SERVER
+    },
+    Spec::container(
+        "SLOWLOG",
+        Group::Server,
+        "2.2.12",
+        "The log of slow commands, which is the server's own log here.",
+    ),
+    Spec {
+        name: "SLOWLOG|GET",
+        since: "2.2.12",
+        summary: "Lists slow commands: none are kept here.",
+        args: &[Arg::new("count", Kind::Integer(-1, i64::MAX)).optional()],
+        flags: &[Flag::Admin],
+        reply: "An empty array.",
+        examples: "\
+> SLOWLOG GET
+(empty array)",
+        plan: |_, _| Ok(Plan::Now(Reply::Array(Vec::new()))),
+        ..SERVER
+    },
+    Spec {
+        name: "SLOWLOG|LEN",
+        since: "2.2.12",
+        summary: "Counts slow commands: none are kept here.",
+        flags: &[Flag::Admin],
+        reply: "0.",
+        examples: "\
+> SLOWLOG LEN
+(integer) 0",
+        plan: |_, _| Ok(Plan::Now(Reply::Integer(0))),
+        ..SERVER
+    },
+    Spec {
+        name: "SLOWLOG|RESET",
+        since: "2.2.12",
+        summary: "Empties the log of slow commands.",
+        flags: &[Flag::Admin],
+        reply: "`OK`.",
+        examples: "\
+> SLOWLOG RESET
+OK",
+        plan: |_, _| Ok(Plan::Now(Reply::OK)),
+        ..SERVER
+    },
+    Spec::container("LATENCY", Group::Server, "2.8.13", "Latency events, of which none are kept; see the metrics."),
+    Spec {
+        name: "LATENCY|LATEST",
+        since: "2.8.13",
+        summary: "Lists the latest latency events: none.",
+        flags: &[Flag::Admin],
+        reply: "An empty array.",
+        examples: "\
+> LATENCY LATEST
+(empty array)",
+        plan: |_, _| Ok(Plan::Now(Reply::Array(Vec::new()))),
+        ..SERVER
+    },
+    Spec {
+        name: "LATENCY|HISTORY",
+        since: "2.8.13",
+        summary: "Lists the samples of a latency event: none.",
+        args: &[Arg::new("event", Kind::Text)],
+        flags: &[Flag::Admin],
+        reply: "An empty array.",
+        examples: "\
+> LATENCY HISTORY command
+(empty array)",
+        plan: |_, _| Ok(Plan::Now(Reply::Array(Vec::new()))),
+        ..SERVER
+    },
+    Spec {
+        name: "LATENCY|RESET",
+        since: "2.8.13",
+        summary: "Resets latency events: none are kept.",
+        args: &[Arg::new("event", Kind::Text).many().optional()],
+        flags: &[Flag::Admin],
+        reply: "0.",
+        examples: "\
+> LATENCY RESET
+(integer) 0",
+        plan: |_, _| Ok(Plan::Now(Reply::Integer(0))),
+        ..SERVER
+    },
+    refused("FLUSHALL", "1.0.0", "Refused: it would remove every job of every queue."),
+    refused("FLUSHDB", "1.0.0", "Refused: it would remove every job of every queue."),
+    refused("SHUTDOWN", "1.0.0", "Refused: stop the process with SIGTERM."),
+    refused("DEBUG", "1.0.0", "Refused."),
+    refused("REPLICAOF", "5.0.0", "Refused: how shards replicate is theirs."),
+    refused("SLAVEOF", "1.0.0", "Refused: how shards replicate is theirs."),
+    refused("MONITOR", "1.0.0", "Refused: it would show payloads and passwords."),
+    refused("SAVE", "1.0.0", "Refused: how shards persist is theirs."),
+    refused("BGSAVE", "1.0.0", "Refused: how shards persist is theirs."),
+    refused("BGREWRITEAOF", "1.0.0", "Refused: how shards persist is theirs."),
+];
+
+fn refuse(args: &Args, _: &Context) -> Result<Plan> {
+    let why = args.row().summary;
+    Err(Error::new(
+        Code::NoPerm,
+        why.strip_prefix("Refused: ").map_or("refused by GoFlow", |why| why.trim_end_matches('.')),
+    ))
+}
+
+fn no_cluster(_: &Args, _: &Context) -> Result<Plan> {
+    Err(Error::bad("This instance has cluster support disabled"))
+}
+
+fn drain(args: &Args, draining: bool) -> Result<Plan> {
+    let shard = args.shard("name")?.unwrap_or_default();
+    Ok(Plan::Ask(Ask::Drain { shard, draining }))
+}
+
+fn info(args: &Args, _: &Context) -> Result<Plan> {
+    let lower = |word: &Bytes| String::from_utf8_lossy(word).to_ascii_lowercase();
+    Ok(Plan::Ask(Ask::Info { sections: args.words("section").iter().map(lower).collect() }))
+}
+
+fn config_get(args: &Args, _: &Context) -> Result<Plan> {
+    Ok(Plan::Ask(Ask::Config { patterns: args.words("pattern").to_vec() }))
+}
+
+fn stats(args: &Args, _: &Context) -> Result<Plan> {
+    if !args.has("queue") {
+        return Ok(Plan::Ask(Ask::Totals));
+    }
+    let queue = args.queue()?;
+    let op = Op { queue: queue.clone(), action: Action::Stats };
+    let merge = move |outcomes: Vec<(Arc<str>, Outcome)>| {
+        let mut totals = Totals { shards: outcomes.len() as u64, queues: 1, ..Totals::default() };
+        for (_, outcome) in outcomes {
+            let Outcome::Stats(stats) = outcome else { return unexpected() };
+            totals.add(&stats);
+        }
+        totals.reply(Reply::bulk(queue.as_str()))
+    };
+    Ok(Plan::Each { op, merge: Box::new(merge) })
+}
+
+/// Statistics of one or more queues on one or more shards, added up.
+#[derive(Clone, Debug, Default)]
+pub struct Totals {
+    pub queues: u64,
+    pub shards: u64,
+    sum: Stats,
+    oldest_ready_ms: Option<u64>,
+}
+
+impl Totals {
+    /// Adds what one shard says of one queue.
+    pub fn add(&mut self, stats: &Stats) {
+        let sum = &mut self.sum;
+        sum.ready += stats.ready;
+        sum.scheduled += stats.scheduled;
+        sum.leased += stats.leased;
+        sum.dead += stats.dead;
+        sum.completed_kept += stats.completed_kept;
+        sum.cancelled_kept += stats.cancelled_kept;
+        sum.expired_kept += stats.expired_kept;
+        sum.enqueued += stats.enqueued;
+        sum.delivered += stats.delivered;
+        sum.completed += stats.completed;
+        sum.failed += stats.failed;
+        sum.lapsed += stats.lapsed;
+        sum.released += stats.released;
+        sum.died += stats.died;
+        sum.redriven += stats.redriven;
+        sum.cancelled += stats.cancelled;
+        sum.expired += stats.expired;
+        sum.paused |= stats.paused;
+        // Each shard's point in time is compared with its own clock; only the spans compare across shards.
+        let waited = stats.oldest_ready_at.map(|at| stats.now.saturating_sub(at));
+        self.oldest_ready_ms = self.oldest_ready_ms.max(waited);
+    }
+
+    pub fn reply(&self, queue: Reply) -> Reply {
+        let sum = &self.sum;
+        let mut fields = vec![(Reply::text("queue"), queue)];
+        let numbers = [
+            ("queues", self.queues),
+            ("shards", self.shards),
+            ("paused", u64::from(sum.paused)),
+            ("ready", sum.ready),
+            ("scheduled", sum.scheduled),
+            ("leased", sum.leased),
+            ("dead", sum.dead),
+            ("completed_kept", sum.completed_kept),
+            ("cancelled_kept", sum.cancelled_kept),
+            ("expired_kept", sum.expired_kept),
+            ("enqueued", sum.enqueued),
+            ("delivered", sum.delivered),
+            ("completed", sum.completed),
+            ("failed", sum.failed),
+            ("lapsed", sum.lapsed),
+            ("released", sum.released),
+            ("died", sum.died),
+            ("redriven", sum.redriven),
+            ("cancelled", sum.cancelled),
+            ("expired", sum.expired),
+        ];
+        fields.extend(numbers.map(|(name, number)| (Reply::text(name), Reply::count(number))));
+        fields.push((Reply::text("oldest_ready_ms"), self.oldest_ready_ms.map_or(Reply::Null, Reply::count)));
+        Reply::Map(fields)
+    }
+}

@@ -1,0 +1,277 @@
+//! What `COMMAND` and `ACL CAT` say about the rows, in the shapes of Redis 7.
+//!
+//! `redis-cli` builds its hints from `COMMAND DOCS`, cluster and proxy clients find keys by `COMMAND` and `COMMAND
+//! GETKEYS`. Nothing here knows a command by name: all of it is read from the rows.
+
+use bytes::Bytes;
+
+use super::args::{Arg, Args, Kind, syntax_error};
+use super::{Context, Flag, Group, Plan, Row, find, help, lookup, rows};
+use crate::error::{Error, Result};
+use crate::resp::reply::Reply;
+
+fn set(words: Vec<&'static str>) -> Reply {
+    Reply::Set(words.into_iter().map(Reply::Simple).collect())
+}
+
+/// A map whose fields are known words.
+fn map(fields: Vec<(&'static str, Reply)>) -> Reply {
+    Reply::Map(fields.into_iter().map(|(name, value)| (Reply::text(name), value)).collect())
+}
+
+fn names<'a>(rows: impl Iterator<Item = &'a Row>) -> Reply {
+    Reply::Array(rows.map(|row| Reply::bulk(&row.lower)).collect())
+}
+
+/// The rows that are not subcommands.
+fn commands() -> impl Iterator<Item = &'static Row> {
+    rows().iter().filter(|row| row.name_words == 1)
+}
+
+fn subcommands(row: &Row) -> impl Iterator<Item = &'static Row> {
+    row.subcommands.iter().map(|index| &rows()[*index])
+}
+
+/// Where the names of queues or keys stand in a request: the first, the last (negative from the end), and whether
+/// there may be others that only `COMMAND GETKEYS` finds.
+struct Keys {
+    first: i64,
+    last: i64,
+    movable: bool,
+}
+
+fn keys_of(row: &Row) -> Option<Keys> {
+    let args = row.args;
+    let place = args.iter().position(|arg| arg.kind == Kind::Queue)?;
+    let first = (row.name_words + place) as i64;
+    Some(match (args[place].many, place + 1 == args.len()) {
+        (true, true) => Keys { first, last: -1, movable: false },
+        (many, _) => Keys { first, last: first, movable: many },
+    })
+}
+
+fn category_words(row: &Row) -> Vec<&'static str> {
+    let mut words = Vec::new();
+    let flagged = [
+        (Flag::Write, "@write"),
+        (Flag::ReadOnly, "@read"),
+        (Flag::Admin, "@admin"),
+        (Flag::Admin, "@dangerous"),
+        (Flag::Blocking, "@blocking"),
+    ];
+    words.extend(flagged.iter().filter(|(flag, _)| row.has(*flag)).map(|(_, word)| *word));
+    words.push(if row.has(Flag::Fast) { "@fast" } else { "@slow" });
+    match row.group {
+        Group::Connection => words.push("@connection"),
+        Group::Jobs | Group::DeadLetters | Group::Operations => words.push("@goflow"),
+        Group::Server => {}
+    }
+    words
+}
+
+/// All categories, without the at sign.
+const CATEGORIES: [&str; 9] =
+    ["goflow", "read", "write", "admin", "fast", "slow", "blocking", "dangerous", "connection"];
+
+fn is_in(row: &Row, category: &[u8]) -> bool {
+    category_words(row).iter().any(|word| word.as_bytes()[1..].eq_ignore_ascii_case(category))
+}
+
+/// The ten elements of an entry of `COMMAND`.
+fn entry(row: &Row) -> Reply {
+    let fewest = row.words_min as i64;
+    let arity = if row.words_max == Some(row.words_min) { fewest } else { -fewest };
+    let keys = keys_of(row);
+    let mut flags: Vec<&str> = row.flags.iter().map(|flag| flag.word()).collect();
+    flags.extend(keys.as_ref().filter(|keys| keys.movable).map(|_| "movablekeys"));
+    let (first, last, step) = keys.as_ref().map_or((0, 0, 0), |keys| (keys.first, keys.last, 1));
+    Reply::Array(vec![
+        Reply::bulk(&row.lower),
+        Reply::Integer(arity),
+        set(flags),
+        Reply::Integer(first),
+        Reply::Integer(last),
+        Reply::Integer(step),
+        set(category_words(row)),
+        Reply::Set(Vec::new()),
+        Reply::Set(keys.iter().map(|keys| key_specification(row, keys)).collect()),
+        Reply::Array(subcommands(row).map(entry).collect()),
+    ])
+}
+
+fn key_specification(row: &Row, keys: &Keys) -> Reply {
+    let mut flags = if row.has(Flag::Write) { vec!["RW", "access", "update"] } else { vec!["RO", "access"] };
+    if keys.movable {
+        flags.push("incomplete");
+    }
+    let last = if keys.last < 0 { keys.last } else { keys.last - keys.first };
+    let range = [("lastkey", last), ("keystep", 1), ("limit", 0)];
+    let range = map(range.map(|(name, number)| (name, Reply::Integer(number))).to_vec());
+    let begin = map(vec![("type", Reply::text("index")), ("spec", map(vec![("index", Reply::Integer(keys.first))]))]);
+    let find = map(vec![("type", Reply::text("range")), ("spec", range)]);
+    map(vec![("flags", set(flags)), ("begin_search", begin), ("find_keys", find)])
+}
+
+/// The documentation of one command.
+fn doc(row: &Row) -> Reply {
+    let mut fields = vec![
+        ("summary", Reply::text(row.summary)),
+        ("since", Reply::text(row.since)),
+        ("group", Reply::text(row.group.word())),
+    ];
+    // A container's arguments are its subcommands.
+    if !row.args.is_empty() && row.subcommands.is_empty() {
+        fields.push(("arguments", arguments(row.args)));
+    }
+    if !row.subcommands.is_empty() {
+        let docs = subcommands(row).map(|row| (Reply::bulk(&row.lower), doc(row)));
+        fields.push(("subcommands", Reply::Map(docs.collect())));
+    }
+    map(fields)
+}
+
+fn arguments(args: &[Arg]) -> Reply {
+    let mut described = Vec::new();
+    let mut at = 0;
+    while at < args.len() {
+        let chain = 1 + args[at + 1..].iter().take_while(|arg| arg.or).count();
+        if chain == 1 {
+            described.push(argument(&args[at], args[at].optional));
+        } else {
+            // Alternatives are optional together, not each.
+            let alternatives = args[at..at + chain].iter().map(|arg| argument(arg, false)).collect();
+            described.push(map(vec![
+                ("name", Reply::text(args[at].key())),
+                ("type", Reply::text("oneof")),
+                ("flags", set(if args[at].optional { vec!["optional"] } else { Vec::new() })),
+                ("arguments", Reply::Array(alternatives)),
+            ]));
+        }
+        at += chain;
+    }
+    Reply::Array(described)
+}
+
+fn argument(arg: &Arg, optional: bool) -> Reply {
+    let kind = match arg.kind {
+        Kind::Flag => "pure-token",
+        Kind::Queue => "key",
+        Kind::Integer(..) | Kind::Millis(..) | Kind::Count => "integer",
+        Kind::Time => "unix-time",
+        Kind::Pattern => "pattern",
+        Kind::Group(_) => "block",
+        Kind::Text | Kind::Receipt | Kind::Id | Kind::State | Kind::Shard => "string",
+    };
+    let mut fields = vec![("name", Reply::text(arg.name)), ("type", Reply::text(kind))];
+    if arg.kind == Kind::Queue {
+        fields.push(("key_spec_index", Reply::Integer(0)));
+    }
+    fields.extend(arg.token.map(|token| ("token", Reply::text(token))));
+    let mut flags = Vec::new();
+    if optional {
+        flags.push("optional");
+    }
+    if arg.many {
+        flags.push("multiple");
+    }
+    if arg.many && arg.token.is_some() {
+        flags.push("multiple_token");
+    }
+    if !flags.is_empty() {
+        fields.push(("flags", set(flags)));
+    }
+    if let Kind::Group(args) = arg.kind {
+        fields.push(("arguments", arguments(args)));
+    }
+    map(fields)
+}
+
+/// `COMMAND` alone, and `COMMAND HELP`.
+pub fn all(args: &Args, context: &Context) -> Result<Plan> {
+    match args.has("subcommand") {
+        true => help(args, context),
+        false => Ok(Plan::Now(entries())),
+    }
+}
+
+pub fn count(_: &Args, _: &Context) -> Result<Plan> {
+    Ok(Plan::Now(Reply::count(commands().count() as u64)))
+}
+
+pub fn info(args: &Args, _: &Context) -> Result<Plan> {
+    let entry_of = |name: &Bytes| lookup(name).map_or(Reply::NullArray, entry);
+    match args.words("command-name") {
+        [] => Ok(Plan::Now(entries())),
+        names => Ok(Plan::Now(Reply::Array(names.iter().map(entry_of).collect()))),
+    }
+}
+
+fn entries() -> Reply {
+    Reply::Array(commands().map(entry).collect())
+}
+
+pub fn docs(args: &Args, _: &Context) -> Result<Plan> {
+    let pair = |row: &Row| (Reply::bulk(&row.lower), doc(row));
+    let docs = match args.words("command-name") {
+        [] => commands().map(pair).collect(),
+        names => names.iter().filter_map(|name| lookup(name)).map(pair).collect(),
+    };
+    Ok(Plan::Now(Reply::Map(docs)))
+}
+
+pub fn list(args: &Args, _: &Context) -> Result<Plan> {
+    let [kind, value] = args.words("FILTERBY") else { return Ok(Plan::Now(names(rows().iter()))) };
+    let all = rows().iter();
+    Ok(Plan::Now(match &kind.to_ascii_uppercase()[..] {
+        b"MODULE" => Reply::Array(Vec::new()),
+        b"ACLCAT" => names(all.filter(|row| is_in(row, value))),
+        b"PATTERN" => names(all.filter(|row| matches(&value.to_ascii_lowercase(), row.lower.as_bytes()))),
+        _ => return Err(syntax_error()),
+    }))
+}
+
+/// Redis's glob without its character classes, which no name of a command needs.
+fn matches(pattern: &[u8], text: &[u8]) -> bool {
+    let (mut p, mut t, mut star) = (0, 0, None);
+    while t < text.len() {
+        match pattern.get(p) {
+            Some(b'*') => {
+                star = Some((p, t));
+                p += 1;
+            }
+            Some(byte) if *byte == b'?' || *byte == text[t] => (p, t) = (p + 1, t + 1),
+            _ => match star {
+                // Let the last star take one byte more.
+                Some((at, taken)) => {
+                    star = Some((at, taken + 1));
+                    (p, t) = (at + 1, taken + 1);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[p..].iter().all(|byte| *byte == b'*')
+}
+
+/// `COMMAND GETKEYS`, with Redis's errors.
+pub fn keys(args: &Args, _: &Context) -> Result<Plan> {
+    let request: Vec<Bytes> = args.words("command").iter().chain(args.words("argument")).cloned().collect();
+    let row = find(&request).map_err(|_| Error::bad("Invalid command specified"))?;
+    if keys_of(row).is_none() {
+        return Err(Error::bad("The command has no key arguments"));
+    }
+    let args =
+        Args::parse(row, &request).map_err(|_| Error::bad("Invalid number of arguments specified for command"))?;
+    Ok(Plan::Now(Reply::Array(args.keys().into_iter().map(Reply::Bulk).collect())))
+}
+
+/// `ACL CAT`.
+pub fn categories(args: &Args, _: &Context) -> Result<Plan> {
+    let Some(category) = args.value("category") else {
+        return Ok(Plan::Now(Reply::Array(CATEGORIES.iter().map(Reply::bulk).collect())));
+    };
+    match CATEGORIES.iter().any(|known| known.as_bytes().eq_ignore_ascii_case(category)) {
+        true => Ok(Plan::Now(names(rows().iter().filter(|row| is_in(row, category))))),
+        false => Err(Error::bad(format!("Unknown category '{}'", String::from_utf8_lossy(category)))),
+    }
+}

@@ -1,0 +1,880 @@
+//! The commands under "Jobs": producing, delivering, verdicts, and looking at jobs and queues.
+//!
+//! ENQUEUE, DEQUEUE and ACK are the hot ones: without options their plan functions allocate what the plan holds and
+//! nothing else. Owns the shape of a delivered job ([`put_delivery`]) and of a job that is looked at ([`job_map`]).
+
+use bytes::{Bytes, BytesMut};
+use std::cmp::Reverse;
+use std::sync::Arc;
+
+use super::args::{Arg, Args, Kind, MS, MS_FROM_1, integer_between, shard_name, syntax_error};
+use super::{Context, Dequeue, Enqueue, Flag, Group, JobAddress, Merge, Plan, Route, Spec};
+use crate::clock::{Millis, TIME_MAX};
+use crate::error::{Code, Error, Result};
+use crate::job::{
+    Delivery, JobRef, JobState, JobView, KEY_BYTES_MAX, Lease, META_BYTES_MAX, META_FIELDS_MAX, Name, PRIORITY_MAX,
+    Policy, TEXT_BYTES_MAX, TYPE_BYTES_MAX, check_key, format_id, format_receipt, parse_chosen_id, parse_id,
+    parse_receipt,
+};
+use crate::resp::reply::{Protocol, Reply, put_bulk, put_i64, put_map_header};
+use crate::shard::{Action, Op, Outcome, PAGE_JOBS_MAX, Start};
+
+/// Most queues that one DEQUEUE names.
+pub const DEQUEUE_QUEUES_MAX: usize = 128;
+/// Jobs in one page of PEEK or DLQ LIST when the request does not say.
+pub const PAGE_JOBS: u64 = 100;
+
+const QUEUE: Arg = Arg::new("queue", Kind::Queue);
+const RECEIPT: Arg = Arg::new("receipt", Kind::Receipt);
+const STATE: Arg = Arg::option("STATE", "state", Kind::State);
+pub const OFFSET: Arg = Arg::option("OFFSET", "n", Kind::Integer(0, PAGE_JOBS_MAX as i64));
+pub const COUNT: Arg = Arg::option("COUNT", "n", Kind::Integer(1, PAGE_JOBS_MAX as i64));
+const TYPE: Arg = Arg::option("TYPE", "name", Kind::Text);
+const PRIORITY: Arg = Arg::option("PRIORITY", "n", Kind::Integer(-(PRIORITY_MAX as i64), PRIORITY_MAX as i64));
+const DELAY: Arg = Arg::option("DELAY", "ms", MS);
+const AT: Arg = Arg::option("AT", "unix-ms", Kind::Time).or();
+const ATTEMPTS: Arg = Arg::option("ATTEMPTS", "n", Kind::Integer(1, u32::MAX as i64));
+const BACKOFF: Arg = Arg::option("BACKOFF", "ms", MS);
+const BACKOFFMAX: Arg = Arg::option("BACKOFFMAX", "ms", MS);
+const TTL: Arg = Arg::option("TTL", "ms", MS);
+const META: Arg =
+    Arg::option("META", "meta", Kind::Group(&[Arg::new("field", Kind::Text), Arg::new("value", Kind::Text)])).many();
+const SHARD: Arg = Arg::option("SHARD", "name", Kind::Shard);
+const UNIQUE: Arg = Arg::option("UNIQUE", "unique", Kind::Group(&[Arg::new("key", Kind::Text), Arg::new("ms", MS)]));
+const SHARDS: Arg =
+    Arg::option("SHARDS", "shards", Kind::Group(&[Arg::new("n", Kind::Count), Arg::new("name", Kind::Shard).many()]));
+
+const LEASE_LOST: &[Code] = &[Code::LeaseLost, Code::NoSuchJob, Code::ShardDown, Code::Overloaded];
+const SHARD_ERRORS: &[Code] = &[Code::ShardDown, Code::Overloaded];
+
+pub static ROWS: &[Spec] = &[
+    Spec {
+        name: "GOFLOW.ENQUEUE",
+        group: Group::Jobs,
+        summary: "Adds a job to a queue.",
+        args: &[
+            QUEUE,
+            Arg::new("payload", Kind::Text),
+            Arg::option("ID", "id", Kind::Text),
+            TYPE,
+            PRIORITY,
+            DELAY,
+            AT,
+            ATTEMPTS,
+            BACKOFF,
+            BACKOFFMAX,
+            TTL,
+            UNIQUE,
+            META,
+            SHARD,
+            Arg::flag("NX", "nx"),
+        ],
+        flags: &[Flag::Write, Flag::Fast],
+        reply: "The id of the job, a bulk string. When a job with the same `ID` is still known, or one that is neither \
+                over nor dead holds the `UNIQUE` key, its id, and nothing is added; with `NX` the error `DUPLICATE`.",
+        notes: "`DELAY` or `AT` says when the job may start; `PRIORITY` is -1000 to 1000, higher first. `ATTEMPTS` is how \
+                many deliveries may end badly before the job is dead; retry n waits `BACKOFF * 2^(n-1)` ms, a tenth \
+                more or less, at most `BACKOFFMAX`. `TTL` ends a job that was not started in time. `UNIQUE key ms` \
+                holds the key at most so long, with 0 until the job is over or dead. `META` may be repeated: at most \
+                64 fields and 16 KiB. `SHARD` places the job there, and excludes `ID` and `UNIQUE`, which have a shard \
+                of their own; a job has one of these two at most.",
+        errors: &[Code::Duplicate, Code::QueueFull, Code::TooBig, Code::ShardDown, Code::Overloaded],
+        examples: "\
+> GOFLOW.ENQUEUE main hello
+\"<id>\"
+> GOFLOW.ENQUEUE main {\\\"to\\\":\\\"ada\\\"} ID mail-17 TYPE mail PRIORITY 5 META tenant acme
+\"mail-17\"
+> GOFLOW.ENQUEUE main again ID mail-17
+\"mail-17\"
+> GOFLOW.ENQUEUE main again ID mail-17 NX
+(error) DUPLICATE the job mail-17 holds this key",
+        plan: enqueue,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.ENQUEUEMANY",
+        group: Group::Jobs,
+        summary: "Adds many jobs to a queue at once.",
+        args: &[
+            QUEUE,
+            Arg::new("count", Kind::Count),
+            Arg::new("payload", Kind::Text).many(),
+            TYPE,
+            PRIORITY,
+            DELAY,
+            AT,
+            ATTEMPTS,
+            BACKOFF,
+            BACKOFFMAX,
+            TTL,
+            META,
+            SHARD,
+        ],
+        flags: &[Flag::Write],
+        reply: "An array of the ids, in the order of the payloads. The jobs are spread over the shards as the strategy \
+                says; each shard stores all of its part or nothing, and an id whose shard failed is an error in its \
+                place.",
+        notes: "The options are those of `GOFLOW.ENQUEUE` and hold for every job; `ID`, `UNIQUE` and `NX` fit one job \
+                only and are not taken.",
+        errors: &[Code::QueueFull, Code::TooBig, Code::ShardDown, Code::Overloaded],
+        examples: "\
+> GOFLOW.ENQUEUEMANY main 3 one two three PRIORITY 1
+1) \"<id1>\"
+2) \"<id2>\"
+3) \"<id3>\"",
+        plan: enqueue_many,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.DEQUEUE",
+        group: Group::Jobs,
+        summary: "Leases the next job or jobs of the first queue that has any.",
+        args: &[
+            QUEUE.many(),
+            Arg::option("COUNT", "n", Kind::Integer(1, i64::MAX)),
+            Arg::option("BLOCK", "ms", MS),
+            Arg::option("LEASE", "ms", MS_FROM_1),
+            Arg::option("WORKER", "name", Kind::Text),
+            SHARDS,
+        ],
+        flags: &[Flag::Write, Flag::Blocking],
+        reply: "Without `COUNT` one job, a map, or null. With `COUNT` an array of 1 to n jobs, or null. A job's fields \
+                are, in this order: `id`, `receipt`, `payload`, `attempt`, `queue`, `type`, `attempts`, `priority`, \
+                `enqueued_at`, `lease_until`, `shard`, `meta`.",
+        notes: "Queues are tried in the order given; a queue that is named like an option must stand first. Without \
+                `BLOCK` the command never waits; `BLOCK 0` waits as long as the server allows. `LEASE` (default 30000) is \
+                how long the job is the worker's; then it comes back by itself. `SHARDS` takes from these shards only. \
+                A `BLOCK` above the read timeout of the client library ends in a reply that nobody reads.",
+        errors: SHARD_ERRORS,
+        examples: "\
+> GOFLOW.ENQUEUE main hello TYPE greeting META lang en
+\"<id>\"
+> GOFLOW.DEQUEUE main LEASE 60000
+1# \"id\" => \"<id>\"
+2# \"receipt\" => \"<receipt>\"
+3# \"payload\" => \"hello\"
+4# \"attempt\" => (integer) 1
+5# \"queue\" => \"main\"
+6# \"type\" => \"greeting\"
+7# \"attempts\" => (integer) 25
+8# \"priority\" => (integer) 0
+9# \"enqueued_at\" => (integer) <enqueued-at>
+10# \"lease_until\" => (integer) <lease-until>
+11# \"shard\" => \"<shard>\"
+12# \"meta\" => 1# \"lang\" => \"en\"
+> GOFLOW.DEQUEUE main BLOCK 10
+(nil)",
+        plan: dequeue,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.ACK",
+        group: Group::Jobs,
+        summary: "Completes leased jobs.",
+        args: &[QUEUE, RECEIPT.many(), Arg::option("RESULT", "data", Kind::Text)],
+        flags: &[Flag::Write, Flag::Fast],
+        reply: "An integer: how many of these jobs are completed by these receipts, now or by the same receipt before. \
+                A lease that was lost counts 0.",
+        notes: "A late ACK counts as long as the job has no newer lease. `RESULT` is kept with the job, up to 16 KiB.",
+        errors: SHARD_ERRORS,
+        examples: "\
+> GOFLOW.ENQUEUE main hello
+\"<id>\"
+> GOFLOW.DEQUEUE main
+1# \"id\" => \"<id>\"
+2# \"receipt\" => \"<receipt>\"
+...
+> GOFLOW.ACK main <receipt> RESULT done
+(integer) 1
+> GOFLOW.ACK main <receipt>
+(integer) 1",
+        plan: ack,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.FAIL",
+        group: Group::Jobs,
+        summary: "Ends a delivery badly: the job is retried later, or dead.",
+        args: &[
+            QUEUE,
+            RECEIPT,
+            Arg::option("ERROR", "text", Kind::Text),
+            Arg::option("TRACE", "text", Kind::Text),
+            Arg::option("RETRYIN", "ms", MS),
+            Arg::flag("DEAD", "dead"),
+        ],
+        flags: &[Flag::Write, Flag::Fast],
+        reply: "The job's new state, a bulk string: `scheduled`, `ready` or `dead`.",
+        notes: "`RETRYIN` replaces the backoff of this retry. `DEAD` puts the job into the dead letter queue at once, \
+                whatever attempts it has left. `ERROR` and `TRACE` are kept, up to 16 KiB each.",
+        errors: LEASE_LOST,
+        examples: "\
+> GOFLOW.ENQUEUE main hello
+\"<id>\"
+> GOFLOW.DEQUEUE main
+1# \"id\" => \"<id>\"
+2# \"receipt\" => \"<receipt>\"
+...
+> GOFLOW.FAIL main <receipt> ERROR \"connection refused\" RETRYIN 5000
+\"scheduled\"",
+        plan: fail,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.RELEASE",
+        group: Group::Jobs,
+        summary: "Gives a leased job back, its attempt uncounted.",
+        args: &[QUEUE, RECEIPT, DELAY],
+        flags: &[Flag::Write, Flag::Fast],
+        reply: "The job's new state, a bulk string: `ready`, at its old place in line, or with `DELAY` `scheduled`.",
+        errors: LEASE_LOST,
+        examples: "\
+> GOFLOW.ENQUEUE main hello
+\"<id>\"
+> GOFLOW.DEQUEUE main
+1# \"id\" => \"<id>\"
+2# \"receipt\" => \"<receipt>\"
+...
+> GOFLOW.RELEASE main <receipt>
+\"ready\"",
+        plan: release,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.EXTEND",
+        group: Group::Jobs,
+        summary: "Moves the end of a lease.",
+        args: &[QUEUE, RECEIPT, Arg::new("ms", MS_FROM_1)],
+        flags: &[Flag::Write, Flag::Fast],
+        reply: "The new end of the lease, an integer in Unix milliseconds: the shard's clock plus `ms`.",
+        errors: LEASE_LOST,
+        examples: "\
+> GOFLOW.ENQUEUE main hello
+\"<id>\"
+> GOFLOW.DEQUEUE main
+1# \"id\" => \"<id>\"
+2# \"receipt\" => \"<receipt>\"
+...
+> GOFLOW.EXTEND main <receipt> 60000
+(integer) <lease-until>",
+        plan: extend,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.PROGRESS",
+        group: Group::Jobs,
+        summary: "Records how far a leased job is.",
+        args: &[QUEUE, RECEIPT, Arg::new("percent", Kind::Integer(0, 100)), Arg::new("text", Kind::Text).optional()],
+        flags: &[Flag::Write, Flag::Fast],
+        reply: "`OK`.",
+        notes: "`GOFLOW.JOB` shows the last percentage and text.",
+        errors: LEASE_LOST,
+        examples: "\
+> GOFLOW.ENQUEUE main hello
+\"<id>\"
+> GOFLOW.DEQUEUE main
+1# \"id\" => \"<id>\"
+2# \"receipt\" => \"<receipt>\"
+...
+> GOFLOW.PROGRESS main <receipt> 40 \"2 of 5 files\"
+OK",
+        plan: progress,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.CANCEL",
+        group: Group::Jobs,
+        summary: "Ends a job that is not over, whoever holds it.",
+        args: &[QUEUE, Arg::new("id", Kind::Id)],
+        flags: &[Flag::Write, Flag::Fast],
+        reply: "1, or 0 if the job was already over or is not known.",
+        notes: "A worker that holds the job learns of it by `LEASELOST` on its next word.",
+        errors: SHARD_ERRORS,
+        examples: "\
+> GOFLOW.ENQUEUE main hello
+\"<id>\"
+> GOFLOW.CANCEL main <id>
+(integer) 1
+> GOFLOW.CANCEL main <id>
+(integer) 0",
+        plan: cancel,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.JOB",
+        group: Group::Jobs,
+        summary: "Shows everything that is known of a job.",
+        args: &[QUEUE, Arg::new("id", Kind::Id)],
+        flags: &[Flag::ReadOnly, Flag::Fast],
+        reply: "A map with the job's `state` and every other field, or null. A field that says nothing is null.",
+        errors: SHARD_ERRORS,
+        examples: "\
+> GOFLOW.ENQUEUE main hello DELAY 60000
+\"<id>\"
+> GOFLOW.JOB main <id>
+1# \"id\" => \"<id>\"
+2# \"queue\" => \"main\"
+3# \"shard\" => \"<shard>\"
+4# \"state\" => \"scheduled\"
+5# \"payload\" => \"hello\"
+...
+> GOFLOW.JOB main no-such-job
+(nil)",
+        plan: show,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.PEEK",
+        group: Group::Jobs,
+        summary: "Shows jobs of a queue without taking them.",
+        args: &[QUEUE, STATE, OFFSET, COUNT],
+        flags: &[Flag::ReadOnly],
+        reply: "An array of job maps as `GOFLOW.JOB` has them: ready ones in the order of delivery, scheduled ones by the \
+                time they fall due, leased ones by the end of their lease, dead ones and those that are over newest \
+                first.",
+        notes: "The default state is `ready`, the default count 100; `OFFSET` and `COUNT` together reach 1000 jobs. Each \
+                shard delivers in its own order; shown together, of equal priorities the job that was enqueued first \
+                comes first.",
+        errors: SHARD_ERRORS,
+        examples: "\
+> GOFLOW.ENQUEUE main hello
+\"<id>\"
+> GOFLOW.PEEK main COUNT 1
+1) 1# \"id\" => \"<id>\"
+   2# \"queue\" => \"main\"
+...",
+        plan: peek,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.LEN",
+        group: Group::Jobs,
+        summary: "Counts the jobs of a queue that are in a state.",
+        args: &[QUEUE, STATE, Arg::flag("PERSHARD", "pershard")],
+        flags: &[Flag::ReadOnly, Flag::Fast],
+        reply: "An integer, the sum over all shards; with `PERSHARD` a map from the shard's name to its number.",
+        notes: "The default state is `ready`.",
+        errors: SHARD_ERRORS,
+        examples: "\
+> GOFLOW.ENQUEUEMANY main 2 one two
+...
+> GOFLOW.LEN main
+(integer) 2
+> GOFLOW.LEN main STATE leased
+(integer) 0
+> GOFLOW.LEN main PERSHARD
+1# \"<shard>\" => (integer) 2",
+        plan: len,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.PAUSE",
+        group: Group::Jobs,
+        summary: "Stops the deliveries of a queue, on every proxy.",
+        args: &[QUEUE],
+        flags: &[Flag::Write, Flag::Fast],
+        reply: "`OK`.",
+        notes: "A paused queue accepts jobs and verdicts and delivers nothing.",
+        errors: SHARD_ERRORS,
+        examples: "\
+> GOFLOW.PAUSE main
+OK
+> GOFLOW.ENQUEUE main hello
+\"<id>\"
+> GOFLOW.DEQUEUE main
+(nil)",
+        plan: pause,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.RESUME",
+        group: Group::Jobs,
+        summary: "Starts the deliveries of a paused queue again.",
+        args: &[QUEUE],
+        flags: &[Flag::Write, Flag::Fast],
+        reply: "`OK`.",
+        errors: SHARD_ERRORS,
+        examples: "\
+> GOFLOW.PAUSE main
+OK
+> GOFLOW.RESUME main
+OK",
+        plan: resume,
+        ..Spec::BASE
+    },
+    Spec {
+        name: "GOFLOW.PURGE",
+        group: Group::Jobs,
+        summary: "Removes all jobs of a queue that are in a state.",
+        args: &[QUEUE, STATE],
+        flags: &[Flag::Write],
+        reply: "An integer: how many were removed.",
+        notes: "The default state is `ready`. A leased job that is removed loses its lease.",
+        errors: SHARD_ERRORS,
+        examples: "\
+> GOFLOW.ENQUEUEMANY main 2 one two
+...
+> GOFLOW.PURGE main
+(integer) 2",
+        plan: purge,
+        ..Spec::BASE
+    },
+];
+
+fn enqueue(args: &Args, context: &Context) -> Result<Plan> {
+    let queue = args.queue()?;
+    let payload = args.required("payload")?.clone();
+    check_size(&payload, "payload", context.limits.payload_bytes_max)?;
+    let (policy, start, shard, nx) = match args.has_options() {
+        false => (context.limits.policy.clone(), Start::Now, None, false),
+        true => {
+            let policy = keyed_policy(args, &context.limits.policy)?;
+            let shard = args.shard("SHARD")?;
+            let keyed = policy.id.is_some() || policy.unique.is_some();
+            if shard.is_some() && keyed {
+                return Err(Error::bad("SHARD does not go with ID or UNIQUE, which have a shard of their own"));
+            }
+            if args.has("NX") && !keyed {
+                return Err(Error::bad("NX goes with ID or UNIQUE only"));
+            }
+            (Arc::new(policy), start(args)?, shard, args.has("NX"))
+        }
+    };
+    Ok(Plan::Enqueue(Enqueue { queue, policy, payloads: vec![payload], start, shard, nx, many: false }))
+}
+
+fn enqueue_many(args: &Args, context: &Context) -> Result<Plan> {
+    let queue = args.queue()?;
+    let payloads = args.words("payload");
+    check_batch(payloads.len(), "count", context)?;
+    for payload in payloads {
+        check_size(payload, "payload", context.limits.payload_bytes_max)?;
+    }
+    let (policy, start, shard) = match args.has_options() {
+        false => (context.limits.policy.clone(), Start::Now, None),
+        true => (Arc::new(policy(args, &context.limits.policy)?), start(args)?, args.shard("SHARD")?),
+    };
+    Ok(Plan::Enqueue(Enqueue { queue, policy, payloads: payloads.to_vec(), start, shard, nx: false, many: true }))
+}
+
+fn check_size(bytes: &[u8], what: &'static str, limit: usize) -> Result<()> {
+    match bytes.len() {
+        len if len > limit => Err(Error::new(Code::TooBig, format!("{what} has {len} bytes, the limit is {limit}"))),
+        _ => Ok(()),
+    }
+}
+
+fn check_batch(count: usize, what: &'static str, context: &Context) -> Result<()> {
+    match context.limits.batch_jobs_max {
+        limit if count > limit => {
+            Err(Error::bad(format!("value is not an integer or out of range: {what} expects 1 to {limit}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The options that fit many jobs.
+fn policy(args: &Args, default: &Policy) -> Result<Policy> {
+    let mut policy = default.clone();
+    if let Some(kind) = args.value("TYPE") {
+        check_size(kind, "TYPE", TYPE_BYTES_MAX)?;
+        policy.kind = kind.clone();
+    }
+    if let Some(priority) = args.integer("PRIORITY")? {
+        policy.priority = i16::try_from(priority).map_err(|_| syntax_error())?;
+    }
+    if let Some(attempts) = args.integer("ATTEMPTS")? {
+        policy.attempts = u32::try_from(attempts).map_err(|_| syntax_error())?;
+    }
+    policy.backoff = args.number("BACKOFF")?.unwrap_or(policy.backoff);
+    policy.backoff_max = args.number("BACKOFFMAX")?.unwrap_or(policy.backoff_max);
+    policy.ttl = args.number("TTL")?.unwrap_or(policy.ttl);
+    put_meta(args, &mut policy)?;
+    Ok(policy)
+}
+
+/// A field that is given again has its last value.
+fn put_meta(args: &Args, policy: &mut Policy) -> Result<()> {
+    for pair in args.each("META") {
+        let [field, value] = pair else { return Err(syntax_error()) };
+        check_key(field, "META field")?;
+        match policy.meta.iter_mut().find(|(known, _)| known == field) {
+            Some((_, known)) => *known = value.clone(),
+            None => policy.meta.push((field.clone(), value.clone())),
+        }
+        // Looked at here, so that the search above stays short whatever a client sends.
+        if policy.meta.len() > META_FIELDS_MAX {
+            return Err(Error::new(Code::TooBig, format!("META has more than {META_FIELDS_MAX} fields")));
+        }
+    }
+    let bytes = policy.meta.iter().map(|(field, value)| field.len() + value.len()).sum::<usize>();
+    match bytes {
+        0..=META_BYTES_MAX => Ok(()),
+        _ => Err(Error::new(Code::TooBig, format!("META has {bytes} bytes, the limit is {META_BYTES_MAX}"))),
+    }
+}
+
+/// The options of one job, which may have a key.
+fn keyed_policy(args: &Args, default: &Policy) -> Result<Policy> {
+    let mut policy = policy(args, default)?;
+    if let Some(id) = args.value("ID") {
+        policy.id = Some(parse_chosen_id(id)?);
+    }
+    if let [key, ms] = args.words("UNIQUE") {
+        if policy.id.is_some() {
+            return Err(Error::bad("UNIQUE does not go with ID: each of them decides the shard"));
+        }
+        check_key(key, "UNIQUE key")?;
+        let ms = integer_between(ms, "UNIQUE ms", 0, TIME_MAX as i64)?;
+        policy.unique = Some((key.clone(), ms.unsigned_abs()));
+    }
+    Ok(policy)
+}
+
+fn start(args: &Args) -> Result<Start> {
+    Ok(match (args.number("DELAY")?, args.number("AT")?) {
+        (Some(0), _) => Start::Now,
+        (Some(delay), _) => Start::Delay(delay),
+        (None, Some(at)) => Start::At(at),
+        (None, None) => Start::Now,
+    })
+}
+
+fn dequeue(args: &Args, context: &Context) -> Result<Plan> {
+    let limits = &context.limits;
+    let names = args.words("queue");
+    if names.len() > DEQUEUE_QUEUES_MAX {
+        return Err(Error::bad(format!("too many queues: at most {DEQUEUE_QUEUES_MAX} in one request")));
+    }
+    let mut queues = Vec::with_capacity(names.len());
+    for name in names {
+        let queue = Name::parse(name)?;
+        if !queues.contains(&queue) {
+            queues.push(queue);
+        }
+    }
+    let mut plan = Dequeue {
+        queues,
+        count: None,
+        block_ms: None,
+        lease_ms: limits.lease_ms,
+        worker: Bytes::new(),
+        shards: Vec::new(),
+    };
+    if args.has_options() {
+        plan.count = args.number_up_to("COUNT", limits.batch_jobs_max as u64)?.map(|count| count as usize);
+        plan.block_ms = args.number("BLOCK")?;
+        plan.lease_ms = args.number_up_to("LEASE", limits.lease_ms_max)?.unwrap_or(limits.lease_ms);
+        if let Some(worker) = args.value("WORKER") {
+            check_key(worker, "WORKER name")?;
+            plan.worker = worker.clone();
+        }
+        for name in args.words("SHARDS").iter().skip(1) {
+            let shard = shard_name(name)?;
+            if !plan.shards.contains(&shard) {
+                plan.shards.push(shard);
+            }
+        }
+    }
+    Ok(Plan::Dequeue(plan))
+}
+
+fn ack(args: &Args, context: &Context) -> Result<Plan> {
+    let queue = args.queue()?;
+    let receipts = args.words("receipt");
+    check_batch(receipts.len(), "the number of receipts", context)?;
+    let mut leases = Vec::with_capacity(receipts.len());
+    for receipt in receipts {
+        let (lease, shard) = parse_receipt(receipt)?;
+        leases.push((Box::from(shard), lease));
+    }
+    Ok(Plan::Ack { queue, leases, result: kept_text(args, "RESULT") })
+}
+
+/// An error, trace, result or progress text, cut to what is kept of it.
+fn kept_text(args: &Args, name: &str) -> Bytes {
+    let mut text = args.text(name);
+    text.truncate(TEXT_BYTES_MAX);
+    text
+}
+
+/// An op on the lease that a receipt names.
+fn on_lease(args: &Args, action: impl FnOnce(Lease) -> Action, render: super::Render) -> Result<Plan> {
+    let queue = args.queue()?;
+    let (lease, shard) = parse_receipt(args.required("receipt")?)?;
+    Ok(Plan::Op { route: Route::Shard(shard.into()), op: Op { queue, action: action(lease) }, render })
+}
+
+fn fail(args: &Args, _: &Context) -> Result<Plan> {
+    let retry_in = args.number("RETRYIN")?;
+    let dead = args.has("DEAD");
+    if dead && retry_in.is_some() {
+        return Err(Error::bad("RETRYIN does not go with DEAD"));
+    }
+    let (error, trace) = (kept_text(args, "ERROR"), kept_text(args, "TRACE"));
+    on_lease(args, |lease| Action::Fail { lease, error, trace, retry_in, dead }, render_state)
+}
+
+fn release(args: &Args, _: &Context) -> Result<Plan> {
+    let delay = args.number("DELAY")?.unwrap_or(0);
+    on_lease(args, |lease| Action::Release { lease, delay }, render_state)
+}
+
+fn extend(args: &Args, context: &Context) -> Result<Plan> {
+    let lease_ms: Millis = args.number_up_to("ms", context.limits.lease_ms_max)?.unwrap_or(context.limits.lease_ms);
+    on_lease(args, |lease| Action::Extend { lease, lease_ms }, render_until)
+}
+
+fn progress(args: &Args, _: &Context) -> Result<Plan> {
+    let percent = args.integer("percent")?.and_then(|percent| u8::try_from(percent).ok()).unwrap_or(0);
+    let text = kept_text(args, "text");
+    on_lease(args, |lease| Action::Progress { lease, percent, text }, render_done)
+}
+
+/// Where the job of this id is: on the shard that a generated id names, or on the home of a chosen one.
+pub fn address(id: &[u8]) -> Result<JobAddress> {
+    let (job, shard) = parse_id(id)?;
+    let route = match (&job, shard) {
+        (JobRef::Chosen(id), _) => Route::Key(id.clone()),
+        (JobRef::Seq(_), shard) => Route::Shard(shard.unwrap_or_default().into()),
+    };
+    Ok(JobAddress { route, job })
+}
+
+/// An op on the job that the argument `id` names.
+pub fn on_job(args: &Args, action: impl FnOnce(JobRef) -> Action, render: super::Render) -> Result<Plan> {
+    let JobAddress { route, job } = address(args.required("id")?)?;
+    Ok(Plan::Op { route, op: Op { queue: args.queue()?, action: action(job) }, render })
+}
+
+fn cancel(args: &Args, _: &Context) -> Result<Plan> {
+    on_job(args, |job| Action::Cancel { job }, render_count)
+}
+
+fn show(args: &Args, _: &Context) -> Result<Plan> {
+    on_job(args, |job| Action::Job { job }, render_job)
+}
+
+fn peek(args: &Args, _: &Context) -> Result<Plan> {
+    page(args, args.state()?.unwrap_or(JobState::Ready), job_map)
+}
+
+/// The jobs of a state from `OFFSET` on, of all shards: each is asked for its first ones up to the page's end.
+pub fn page(args: &Args, state: JobState, map: fn(&JobView, &Name, &str) -> Reply) -> Result<Plan> {
+    let queue = args.queue()?;
+    let offset = args.number("OFFSET")?.unwrap_or(0);
+    let count = args.number("COUNT")?.unwrap_or(PAGE_JOBS.min(PAGE_JOBS_MAX as u64 - offset));
+    if offset + count > PAGE_JOBS_MAX as u64 {
+        return Err(Error::bad(format!("OFFSET and COUNT together reach {PAGE_JOBS_MAX} jobs at most")));
+    }
+    let op = Op { queue: queue.clone(), action: Action::Peek { state, offset: 0, count: offset + count } };
+    let merge: Merge = Box::new(move |outcomes| {
+        let mut pages = Vec::with_capacity(outcomes.len());
+        for (shard, outcome) in outcomes {
+            match outcome {
+                Outcome::Jobs(jobs) => pages.push((shard, jobs)),
+                _ => return unexpected(),
+            }
+        }
+        let jobs = merge_pages(pages, state).skip(offset as usize).take(count as usize);
+        Reply::Array(jobs.map(|(shard, job)| map(&job, &queue, &shard)).collect())
+    });
+    Ok(Plan::Each { op, merge })
+}
+
+/// Takes from the heads of the pages, so that each shard's order is kept, the job that comes first in its state.
+fn merge_pages(pages: Vec<(Arc<str>, Vec<JobView>)>, state: JobState) -> impl Iterator<Item = (Arc<str>, JobView)> {
+    let rank = move |job: &JobView| match state {
+        JobState::Ready => (i64::from(-job.spec.policy.priority), Reverse(0), job.enqueued_at),
+        JobState::Scheduled => (0, Reverse(0), job.due_at.unwrap_or(0)),
+        JobState::Leased => (0, Reverse(0), job.lease_until.unwrap_or(0)),
+        _ => (0, Reverse(job.finished_at.unwrap_or(0)), 0),
+    };
+    let mut pages: Vec<_> = pages.into_iter().map(|(shard, jobs)| (shard, jobs.into_iter().peekable())).collect();
+    std::iter::from_fn(move || {
+        let heads = pages.iter_mut().enumerate();
+        let (_, first) = heads.filter_map(|(at, (_, jobs))| jobs.peek().map(|job| (rank(job), at))).min()?;
+        let (shard, jobs) = &mut pages[first];
+        jobs.next().map(|job| (shard.clone(), job))
+    })
+}
+
+fn len(args: &Args, _: &Context) -> Result<Plan> {
+    let state = args.state()?.unwrap_or(JobState::Ready);
+    let merge: Merge = if args.has("PERSHARD") { Box::new(per_shard) } else { Box::new(sum) };
+    Ok(Plan::Each { op: Op { queue: args.queue()?, action: Action::Len { state } }, merge })
+}
+
+/// The counts of all shards together.
+pub fn sum(outcomes: Vec<(Arc<str>, Outcome)>) -> Reply {
+    let mut total = 0;
+    for (_, outcome) in outcomes {
+        let Outcome::Count(count) = outcome else { return unexpected() };
+        total += count;
+    }
+    Reply::count(total)
+}
+
+fn per_shard(outcomes: Vec<(Arc<str>, Outcome)>) -> Reply {
+    let pairs = outcomes.into_iter().map(|(shard, outcome)| (Reply::bulk(&*shard), render(outcome)));
+    Reply::Map(pairs.collect())
+}
+
+fn pause(args: &Args, _: &Context) -> Result<Plan> {
+    set_paused(args, true)
+}
+
+fn resume(args: &Args, _: &Context) -> Result<Plan> {
+    set_paused(args, false)
+}
+
+fn set_paused(args: &Args, paused: bool) -> Result<Plan> {
+    let op = Op { queue: args.queue()?, action: Action::Pause { paused } };
+    Ok(Plan::Each { op, merge: Box::new(|_| Reply::OK) })
+}
+
+fn purge(args: &Args, _: &Context) -> Result<Plan> {
+    let state = args.state()?.unwrap_or(JobState::Ready);
+    Ok(Plan::Drain { op: Op { queue: args.queue()?, action: Action::Purge { state } } })
+}
+
+/// What a shard answers to another question than it was asked; not the client's fault.
+pub fn unexpected() -> Reply {
+    Error::bad("the shard gave an unexpected answer").into()
+}
+
+/// An outcome that needs no name to be a reply.
+fn render(outcome: Outcome) -> Reply {
+    match outcome {
+        Outcome::Count(number) | Outcome::Until(number) => Reply::count(number),
+        Outcome::State(state) => Reply::text(state.word()),
+        Outcome::Done => Reply::OK,
+        _ => unexpected(),
+    }
+}
+
+fn render_count(outcome: Outcome, _: &Name, _: &str) -> Reply {
+    render(outcome)
+}
+
+fn render_state(outcome: Outcome, _: &Name, _: &str) -> Reply {
+    render(outcome)
+}
+
+fn render_until(outcome: Outcome, _: &Name, _: &str) -> Reply {
+    render(outcome)
+}
+
+fn render_done(outcome: Outcome, _: &Name, _: &str) -> Reply {
+    render(outcome)
+}
+
+fn render_job(outcome: Outcome, queue: &Name, shard: &str) -> Reply {
+    match outcome {
+        Outcome::Job(job) => job.map_or(Reply::Null, |job| job_map(&job, queue, shard)),
+        _ => unexpected(),
+    }
+}
+
+/// The id of a job as its clients know it.
+fn id_text(policy: &Policy, seq: u64, shard: &str) -> Bytes {
+    policy.id.clone().unwrap_or_else(|| {
+        let mut id = BytesMut::with_capacity(16 + shard.len());
+        format_id(&mut id, seq, shard);
+        id.freeze()
+    })
+}
+
+/// Everything that a shard knows of a job.
+pub fn job_map(job: &JobView, queue: &Name, shard: &str) -> Reply {
+    let policy = &*job.spec.policy;
+    let or_null = |bytes: &Bytes| if bytes.is_empty() { Reply::Null } else { Reply::Bulk(bytes.clone()) };
+    let number = |number: Option<u64>| number.map_or(Reply::Null, Reply::count);
+    let (unique, unique_ms) = policy
+        .unique
+        .as_ref()
+        .map_or((Reply::Null, Reply::Null), |(key, ms)| (Reply::Bulk(key.clone()), Reply::count(*ms)));
+    let meta = policy.meta.iter().map(|(field, value)| (Reply::Bulk(field.clone()), Reply::Bulk(value.clone())));
+    let fields = vec![
+        ("id", Reply::Bulk(id_text(policy, job.seq, shard))),
+        ("queue", Reply::bulk(queue.as_str())),
+        ("shard", Reply::bulk(shard)),
+        ("state", Reply::text(job.state.word())),
+        ("payload", Reply::Bulk(job.spec.payload.clone())),
+        ("type", Reply::Bulk(policy.kind.clone())),
+        ("priority", Reply::Integer(i64::from(policy.priority))),
+        ("attempt", Reply::count(u64::from(job.attempt))),
+        ("attempts", Reply::count(u64::from(policy.attempts))),
+        ("lapses", Reply::count(u64::from(job.lapses))),
+        ("redrives", Reply::count(u64::from(job.redrives))),
+        ("backoff", Reply::count(policy.backoff)),
+        ("backoff_max", Reply::count(policy.backoff_max)),
+        ("ttl", Reply::count(policy.ttl)),
+        ("unique", unique),
+        ("unique_ms", unique_ms),
+        ("enqueued_at", Reply::count(job.enqueued_at)),
+        ("due_at", number(job.due_at)),
+        ("started_at", number(job.started_at)),
+        ("lease_until", number(job.lease_until)),
+        ("finished_at", number(job.finished_at)),
+        ("worker", or_null(&job.worker)),
+        ("error", or_null(&job.error)),
+        ("trace", or_null(&job.trace)),
+        ("result", or_null(&job.result)),
+        ("progress", number(job.progress.map(u64::from))),
+        ("progress_text", or_null(&job.progress_text)),
+        ("meta", Reply::Map(meta.collect())),
+    ];
+    Reply::Map(fields.into_iter().map(|(name, value)| (Reply::text(name), value)).collect())
+}
+
+/// Appends a delivered job. The order of its fields is promised: on RESP2 the receipt is element 3 and the payload 5.
+pub fn put_delivery(out: &mut BytesMut, delivery: &Delivery, queue: &Name, shard: &str, protocol: Protocol) {
+    let Delivery { lease, spec, attempt, enqueued_at, lease_until } = delivery;
+    let policy = &*spec.policy;
+    let meta: usize = policy.meta.iter().map(|(field, value)| field.len() + value.len() + 32).sum();
+    out.reserve(spec.payload.len() + policy.kind.len() + meta + KEY_BYTES_MAX);
+    let mut text = [0u8; 96];
+    put_map_header(out, 12, protocol);
+    out.extend_from_slice(b"$2\r\nid\r\n");
+    match &policy.id {
+        Some(id) => put_bulk(out, id),
+        None => put_bulk(out, written(&mut text, |out| format_id(out, lease.seq, shard))),
+    }
+    out.extend_from_slice(b"$7\r\nreceipt\r\n");
+    put_bulk(out, written(&mut text, |out| format_receipt(out, *lease, shard)));
+    out.extend_from_slice(b"$7\r\npayload\r\n");
+    put_bulk(out, &spec.payload);
+    put_number(out, b"$7\r\nattempt\r\n", i64::from(*attempt));
+    out.extend_from_slice(b"$5\r\nqueue\r\n");
+    put_bulk(out, queue.as_str().as_bytes());
+    out.extend_from_slice(b"$4\r\ntype\r\n");
+    put_bulk(out, &policy.kind);
+    put_number(out, b"$8\r\nattempts\r\n", i64::from(policy.attempts));
+    put_number(out, b"$8\r\npriority\r\n", i64::from(policy.priority));
+    put_number(out, b"$11\r\nenqueued_at\r\n", i64::try_from(*enqueued_at).unwrap_or(i64::MAX));
+    put_number(out, b"$11\r\nlease_until\r\n", i64::try_from(*lease_until).unwrap_or(i64::MAX));
+    out.extend_from_slice(b"$5\r\nshard\r\n");
+    put_bulk(out, shard.as_bytes());
+    out.extend_from_slice(b"$4\r\nmeta\r\n");
+    put_map_header(out, policy.meta.len(), protocol);
+    for (field, value) in &policy.meta {
+        put_bulk(out, field);
+        put_bulk(out, value);
+    }
+}
+
+fn put_number(out: &mut BytesMut, field: &[u8], number: i64) {
+    out.extend_from_slice(field);
+    out.extend_from_slice(b":");
+    put_i64(out, number);
+    out.extend_from_slice(b"\r\n");
+}
+
+/// What `write` puts into the buffer: an id or receipt, whose longest is 12 + 1 + 12 + 1 + 48 bytes.
+fn written(buffer: &mut [u8; 96], write: impl FnOnce(&mut &mut [u8])) -> &[u8] {
+    let mut rest = &mut buffer[..];
+    write(&mut rest);
+    let used = 96 - rest.len();
+    &buffer[..used]
+}
