@@ -64,8 +64,10 @@ fn containers() -> Vec<(String, Vec<String>, Vec<(String, String)>)> {
     for file in ["docker-stack.yml", "docker-compose.yml"] {
         for (name, service) in yaml(file)[0]["services"].as_object().unwrap() {
             let image = service["image"].as_str().unwrap();
-            if image.contains("goflow:") {
-                found.push((format!("{file} {name}"), words(&service["command"]), variables(&service["environment"])));
+            if image.contains("goflow-worker") || image.contains("goflow:") {
+                let worker = image.contains("goflow-worker").then(|| "worker".to_owned());
+                let args = worker.into_iter().chain(words(&service["command"])).collect();
+                found.push((format!("{file} {name}"), args, variables(&service["environment"])));
             }
         }
     }
@@ -77,7 +79,7 @@ fn containers() -> Vec<(String, Vec<String>, Vec<(String, String)>)> {
             found.push((file.into(), words(&container["args"]), variables(&container["env"])));
         }
     }
-    assert!(found.len() >= 4, "{found:?}");
+    assert!(found.len() >= 6, "{found:?}");
     found
 }
 
@@ -97,6 +99,7 @@ fn every_variable_and_flag_of_the_deployments_exists() {
     let (_, dir) = proxies_config();
     let secret = dir.path().join("secret").to_string_lossy().into_owned();
     let file = dir.path().join("goflow.toml").to_string_lossy().into_owned();
+    let worker_help = cli::parse_from(["goflow", "worker", "--help"].map(Into::into), []).unwrap_err().text;
     for (place, args, variables) in containers() {
         let there = |text: &str| match text {
             "/etc/goflow/goflow.toml" => file.clone(),
@@ -104,6 +107,12 @@ fn every_variable_and_flag_of_the_deployments_exists() {
             text => text.into(),
         };
         let args = ["goflow".to_owned()].into_iter().chain(args.iter().map(|arg| there(arg))).map(Into::into);
+        // What the worker reads, its help names; the rest is the configuration's.
+        let (workers, variables): (Vec<_>, Vec<_>) =
+            variables.into_iter().partition(|(name, _)| name.starts_with("GOFLOW_WORKER_"));
+        for (name, _) in workers {
+            assert!(worker_help.contains(&format!("[env: {name}=")), "{place}: the worker knows no {name}");
+        }
         let variables = variables.iter().map(|(name, value)| (name.clone(), there(value)));
         let parsed = cli::parse_from(args, variables);
         assert!(parsed.is_ok(), "{place}: {}", parsed.unwrap_err().text);

@@ -1,4 +1,4 @@
-//! The command line: `goflow [serve]`, `check`, `bench`, `healthcheck`.
+//! The command line: `goflow [serve]`, `check`, `worker`, `bench`, `healthcheck`.
 //!
 //! [`parse`] turns arguments, variables and the configuration file into one checked [`Command`]; `main` carries it out.
 //! Exit codes: 0; 1, could not start or run; 64, bad usage or configuration ([`EXIT_USAGE`]).
@@ -17,6 +17,7 @@ use crate::config::{Config, Override};
 pub mod bench;
 pub mod check;
 pub mod healthcheck;
+pub mod worker;
 
 /// Bad usage or configuration; `EX_USAGE` of sysexits.h.
 pub const EXIT_USAGE: u8 = 64;
@@ -26,6 +27,7 @@ pub const EXIT_USAGE: u8 = 64;
 pub enum Command {
     Serve(Box<Config>),
     Check(Box<Config>),
+    Worker(Box<worker::Options>),
     Bench(Box<bench::Options>),
     Healthcheck(healthcheck::Options),
 }
@@ -69,6 +71,8 @@ enum Subcommand {
     Serve(ServeFlags),
     /// Say whether this configuration would start, and what each shard answers
     Check(ServeFlags),
+    /// Run a program, or call a local web service, for each job of a queue
+    Worker(Box<worker::Options>),
     /// Generate load for a queue and measure it
     Bench(Box<bench::Options>),
     /// Exit with 0 if a server answers PING, else with 1
@@ -153,6 +157,10 @@ pub fn parse_from(
         None => Ok(Command::Serve(Box::new(arguments.serve.load(variables)?))),
         Some(Subcommand::Serve(flags)) => Ok(Command::Serve(Box::new(flags.load(variables)?))),
         Some(Subcommand::Check(flags)) => Ok(Command::Check(Box::new(flags.load(variables)?))),
+        Some(Subcommand::Worker(options)) => match options.check() {
+            Ok(()) => Ok(Command::Worker(options)),
+            Err(why) => Err(Exit { code: EXIT_USAGE, text: format!("goflow worker: {why}\n") }),
+        },
         Some(Subcommand::Bench(options)) => match options.check() {
             Ok(()) => Ok(Command::Bench(options)),
             Err(why) => Err(Exit { code: EXIT_USAGE, text: format!("goflow bench: {why}\n") }),

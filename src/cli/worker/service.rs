@@ -1,0 +1,150 @@
+//! A job done by a local web service: one POST with the payload as its body and the labels as headers.
+//!
+//! 2xx acknowledges with the body as the result; 429 and 503 fail the job for as long as `Retry-After` says; 410 and 422 say
+//! that no retry can help; anything else, and silence, fails it. A new connection for each job, so that a service may be
+//! restarted at any time.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::header::{CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER};
+use hyper::{Method, Request, StatusCode, Uri};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+use super::task::{Task, Verdict};
+use super::{Worker, patience, raised};
+use crate::clock::Millis;
+use crate::job::TEXT_BYTES_MAX;
+
+const CONNECT_WAIT: Duration = Duration::from_secs(5);
+/// What is read of an answer; the rest of it is not wanted.
+const ANSWER_BYTES_MAX: usize = 4 << 20;
+/// What a service may ask for.
+const RETRY_MS_MAX: Millis = 24 * 3_600_000;
+
+pub struct Service {
+    uri: Uri,
+    address: String,
+}
+
+struct Answer {
+    status: StatusCode,
+    retry_ms: Option<Millis>,
+    body: Bytes,
+}
+
+impl Service {
+    pub fn parse(url: &str) -> Result<Service, String> {
+        let bad = || format!("--http {url}: expected http://HOST[:PORT]/PATH");
+        let uri: Uri = url.parse().map_err(|_| bad())?;
+        let host = uri.host().ok_or_else(bad)?;
+        if uri.scheme_str() != Some("http") {
+            return Err(bad());
+        }
+        let address = format!("{host}:{}", uri.port_u16().unwrap_or(80));
+        Ok(Service { uri, address })
+    }
+
+    pub async fn handle(&self, task: &Task, worker: &Worker) -> Verdict {
+        let answer = tokio::select! {
+            answer = self.post(task) => answer,
+            () = patience(worker.options.timeout) => Err(format!("no answer in {} ms", worker.options.timeout)),
+            () = raised(&worker.stopping) => return Verdict::Release { delay_ms: 0 },
+        };
+        answer.map_or_else(Verdict::fail, verdict)
+    }
+
+    async fn post(&self, task: &Task) -> Result<Answer, String> {
+        let told = |error: &dyn std::fmt::Display| format!("{}: {error}", self.address);
+        let socket = tokio::time::timeout(CONNECT_WAIT, TcpStream::connect(&self.address)).await;
+        let socket = socket.map_err(|_| told(&"does not answer"))?.map_err(|error| told(&error))?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(socket)).await.map_err(|error| told(&error))?;
+        let exchange = async {
+            let answer = sender.send_request(self.request(task)?).await.map_err(|error| told(&error))?;
+            let status = answer.status();
+            let retry_ms =
+                answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse::<u64>().ok());
+            let retry_ms = retry_ms.map(|seconds| seconds.saturating_mul(1_000).min(RETRY_MS_MAX));
+            let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
+            let body = body.map(|body| body.to_bytes()).map_err(|error| told(&error))?;
+            Ok(Answer { status, retry_ms, body })
+        };
+        let mut exchange = std::pin::pin!(exchange);
+        let mut connection = std::pin::pin!(connection);
+        let mut connected = true;
+        loop {
+            tokio::select! {
+                answer = &mut exchange => return answer,
+                _ = &mut connection, if connected => connected = false,
+            }
+        }
+    }
+
+    fn request(&self, task: &Task) -> Result<Request<Full<Bytes>>, String> {
+        let path = self.uri.path_and_query().map_or("/", |path| path.as_str());
+        let mut request = Request::builder()
+            .method(Method::POST)
+            .uri(path)
+            .header(HOST, self.address.as_str())
+            .header(CONTENT_TYPE, "application/octet-stream")
+            .body(Full::new(Bytes::copy_from_slice(task.payload())))
+            .map_err(|error| error.to_string())?;
+        for (name, value) in task.labels() {
+            let name = HeaderName::from_bytes(format!("job-{}", name.replace('_', "-")).as_bytes());
+            if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(&value)) {
+                request.headers_mut().insert(name, value);
+            }
+        }
+        Ok(request)
+    }
+}
+
+fn verdict(answer: Answer) -> Verdict {
+    let Answer { status, retry_ms, body } = answer;
+    let body = body.slice(..body.len().min(TEXT_BYTES_MAX));
+    if status.is_success() {
+        return Verdict::Ack { result: body.to_vec() };
+    }
+    let busy = matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
+    Verdict::Fail {
+        error: format!("status {}", status.as_u16()),
+        trace: body.to_vec(),
+        retry_ms: retry_ms.filter(|_| busy),
+        dead: matches!(status, StatusCode::GONE | StatusCode::UNPROCESSABLE_ENTITY),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_status_decides() {
+        let answer = |status: u16, retry_ms| Answer {
+            status: StatusCode::from_u16(status).unwrap(),
+            retry_ms,
+            body: Bytes::from_static(b"said"),
+        };
+        assert_eq!(verdict(answer(201, None)), Verdict::Ack { result: b"said".to_vec() });
+        for (status, retry, expected) in [
+            (429, Some(7), (Some(7), false)),
+            (503, None, (None, false)),
+            (500, Some(7), (None, false)),
+            (422, None, (None, true)),
+        ] {
+            let Verdict::Fail { retry_ms, dead, .. } = verdict(answer(status, retry)) else { panic!("{status}") };
+            assert_eq!((retry_ms, dead), expected, "{status}");
+        }
+    }
+
+    #[test]
+    fn only_plain_http_with_a_host_is_taken() {
+        assert_eq!(Service::parse("http://127.0.0.1:9/jobs?x=1").unwrap().address, "127.0.0.1:9");
+        for bad in ["", "/jobs", "https://a/", "ftp://a/", "http://"] {
+            assert!(Service::parse(bad).is_err(), "{bad}");
+        }
+    }
+}
