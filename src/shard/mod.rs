@@ -18,8 +18,9 @@
 //! ```
 //!
 //! - Ready jobs leave by (higher priority, lower *place*). One counter per queue hands out seqs and places: a new job's
-//!   first place is its seq; each time a job becomes ready by falling due or by a redrive it gets a new place at the end
-//!   of the line; a release without delay keeps the place it had. A job that starts scheduled gets its place when due.
+//!   first place is its seq; each time a job becomes ready by falling due, by a redrive or by a FAIL without delay it gets
+//!   a new place at the end of the line; a release without delay keeps the place it had. A job that starts scheduled gets
+//!   its place when due.
 //! - *spent* = failures + lapses since enqueue or redrive. A delivery's `attempt` is spent + 1. A release spends nothing.
 //! - A lapse (lease end <= now) puts the job back scheduled at now + backoff(spent) (at least 1 ms), error
 //!   `lease lapsed (<lapses> of <lapses_max>)`; the `lapses_max`th makes it dead with error
@@ -27,14 +28,19 @@
 //! - A verdict repeated with the same token gets the same answer while nothing newer happened to the job. After FAIL,
 //!   RELEASE or a lapse only the same verdict again, or after a lapse an ACK, is taken; anything else is `LeaseLost`.
 //!   An ACK counts for a job that a lapse made dead, too. A newer lease, or an end by something else, is `LeaseLost`;
-//!   a job that is not known any more is `NoSuchJob` (an ACK just counts 0 in both cases).
+//!   a job that is not known any more is `NoSuchJob` (an ACK just counts 0 in both cases). Falling due is nothing newer;
+//!   an expiry is an end by something else, also where a lapse led to it at once.
+//! - A new lease takes away the progress of the one before. Error and trace stay until the next failure or lapse (a lapse
+//!   has no trace), worker and start until the next lease.
 //! - A unique key is held from the enqueue until the job is over, dead, purged or deleted, or until its time is up. A
 //!   redrive takes it again; where another job holds it, that job stays dead and is not counted.
-//! - A job's ttl counts from its enqueue; a job that would become ready or scheduled after it is expired instead. A leased
-//!   job does not expire.
+//! - A job's ttl counts from its enqueue; a job that would become ready or scheduled after it is expired instead (a redrive
+//!   counts all the same, and takes no key). A leased job does not expire.
 //! - Before the ops of a queue are applied, what has fallen due in it is moved, at most [`TICK_JOBS_MAX`] jobs, in the
 //!   order: lapsed leases, due scheduled, expired ttls; each in the order of (time, seq).
-//! - Jobs that are over are kept for [`Retention`]; the oldest go first. Their chosen id answers `Held` until then.
+//! - Jobs that are over are kept for [`Retention`], in the order in which they ended; before and after the ops of a queue
+//!   at most [`BULK_JOBS_MAX`] go from the front: what is too many, or ended `age_ms` ago. Their chosen id answers `Held`
+//!   until then.
 //!
 //! Everything random (lease tokens) comes in with the op and all time is the shard's, so the same ops at the same times
 //! give the same outcomes on every implementation.
@@ -129,14 +135,15 @@ pub enum Action {
     Stats,
     /// Stops or resumes deliveries, until said otherwise. [`Outcome::Done`]
     Pause { paused: bool },
-    /// Removes jobs of a state, oldest first, at most [`BULK_JOBS_MAX`]; leased ones lose their lease. [`Outcome::Moved`]
+    /// Removes jobs of a state, at most [`BULK_JOBS_MAX`], in the order of PEEK, but dead and over ones oldest first; leased
+    /// ones lose their lease. [`Outcome::Moved`]
     Purge { state: JobState },
     /// One dead job. [`Outcome::Job`]: `None` when it is not dead.
     DeadGet { job: JobRef },
     /// Puts dead jobs back: ready, at the end of the line, spent and lapses 0, redrives one more. [`Outcome::Count`]
     DeadRetry { jobs: Vec<JobRef> },
     /// The same for all that were dead when it began, oldest first: those that died up to `until` (`None`: now, and
-    /// `Outcome::Moved` says the point to go on with). [`Outcome::Moved`]
+    /// `Outcome::Moved` says the point to go on with). Those that stay dead are passed over. [`Outcome::Moved`]
     DeadRetryAll { until: Option<UnixMs> },
     /// Removes dead jobs for good. [`Outcome::Count`]
     DeadDelete { jobs: Vec<JobRef> },

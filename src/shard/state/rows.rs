@@ -1,0 +1,49 @@
+//! The seam between the rules and what keeps their rows: small keyed values, read one by one, written as they change.
+//!
+//! [`super::State`] writes every durable change through [`Rows`] while it applies a batch and reads back what it wrote;
+//! whoever implements it commits all that one batch wrote as one, or keeps it in a map. The state is rebuilt from the
+//! rows alone, so a row is never removed before the rules say so.
+
+use bytes::Bytes;
+
+use crate::error::Result;
+
+/// What a row is about. Queues are numbered in the order in which they were first seen.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Key {
+    /// Whose shard this is.
+    Stamp,
+    /// The name and the counters of a queue.
+    Queue(u32),
+    /// What an enqueue said: 13 digits of its time, then the record of `Spec::encode`. Written once.
+    Record(u32, u64),
+    /// The part of a job that changes. A job without it is ready and as its enqueue left it.
+    Job(u32, u64),
+    /// Who holds a unique key, and until when.
+    Unique(u32, Bytes),
+}
+
+/// The kinds of rows that are read as a whole when a state is rebuilt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    Queues,
+    Records,
+    Jobs,
+    Uniques,
+}
+
+/// Called with each row of a table.
+pub type Visit<'a> = dyn FnMut(Key, Bytes) -> Result<()> + 'a;
+
+/// Keeps rows.
+pub trait Rows {
+    /// Sees what was written before, committed or not. An error is final: the rules stop in the middle of a batch.
+    fn get(&self, key: &Key) -> Result<Option<Bytes>>;
+
+    fn put(&mut self, key: Key, value: Bytes);
+
+    fn delete(&mut self, key: Key);
+
+    /// All rows of a table, in no particular order.
+    fn each(&self, table: Table, visit: &mut Visit<'_>) -> Result<()>;
+}
