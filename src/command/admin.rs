@@ -81,7 +81,7 @@ pub static ROWS: &[Spec] = &[
                 and more.",
         examples: "\
 > GOFLOW.SHARDS
-1# \"<shard>\" => 1# \"name\" => \"<shard>\"
+1# \"<shard>\" =>  1# \"name\" => \"<shard>\"
 ...",
         plan: |_, _| Ok(Plan::Ask(Ask::Shards)),
         ..OPS
@@ -445,5 +445,52 @@ impl Totals {
         fields.extend(numbers.map(|(name, number)| (Reply::text(name), Reply::count(number))));
         fields.push((Reply::text("oldest_ready_ms"), self.oldest_ready_ms.map_or(Reply::Null, Reply::count)));
         Reply::Map(fields)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::tests::{planned, refused};
+
+    #[test]
+    fn statistics_are_the_sums_over_the_shards() {
+        let Plan::Each { op, merge } = planned("GOFLOW.STATS main") else { panic!() };
+        assert_eq!(op.action, Action::Stats);
+        let stats = |ready, oldest_ready_at, now| {
+            Outcome::Stats(Box::new(Stats { ready, oldest_ready_at, now, paused: ready == 2, ..Stats::default() }))
+        };
+        let reply = merge(vec![("a".into(), stats(1, None, 500)), ("b".into(), stats(2, Some(70), 100))]);
+        let Reply::Map(fields) = reply else { panic!() };
+        let field = |name: &'static str| {
+            fields.iter().find(|(field, _)| *field == Reply::text(name)).map(|(_, value)| value.clone())
+        };
+        assert_eq!(field("queue"), Some(Reply::bulk("main")));
+        for (name, number) in [("shards", 2), ("queues", 1), ("paused", 1), ("ready", 3), ("oldest_ready_ms", 30)] {
+            assert_eq!(field(name), Some(Reply::Integer(number)), "{name}");
+        }
+        assert!(matches!(planned("goflow.stats"), Plan::Ask(Ask::Totals)));
+    }
+
+    #[test]
+    fn questions_to_the_process_hold_what_was_asked() {
+        let asked = |line: &str| match planned(line) {
+            Plan::Ask(ask) => ask,
+            _ => panic!("{line} is no question"),
+        };
+        assert_eq!(asked("GOFLOW.SHARD DRAIN s1"), Ask::Drain { shard: "s1".into(), draining: true });
+        assert_eq!(asked("info Server CLIENTS"), Ask::Info { sections: vec!["server".into(), "clients".into()] });
+        assert_eq!(asked("CONFIG GET a* b"), Ask::Config { patterns: vec!["a*".into(), "b".into()] });
+    }
+
+    #[test]
+    fn what_would_harm_a_queue_is_refused_by_name() {
+        assert_eq!(refused("FLUSHALL ASYNC"), "NOPERM it would remove every job of every queue");
+        assert_eq!(
+            refused("config set a b"),
+            "NOPERM settings come from the configuration file, the environment and flags"
+        );
+        assert_eq!(refused("DEBUG SLEEP 1"), "NOPERM refused by GoFlow");
+        assert_eq!(refused("cluster nodes"), "ERR This instance has cluster support disabled");
     }
 }

@@ -527,3 +527,62 @@ fn tracking_off() -> Reply {
         (Reply::text("prefixes"), Reply::Array(Vec::new())),
     ])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::tests::{planned, refused};
+
+    fn change(line: &str) -> Connection {
+        match planned(line) {
+            Plan::Connection(change) => change,
+            _ => panic!("{line} does not change the connection"),
+        }
+    }
+
+    #[test]
+    fn the_handshakes_of_stock_clients_are_understood() {
+        let auth = Some((Bytes::from("u"), Bytes::from("p")));
+        for (line, wanted) in [
+            ("HELLO", Connection::Hello { protocol: None, auth: None, name: None }),
+            ("HELLO 3", Connection::Hello { protocol: Some(Protocol::Resp3), auth: None, name: None }),
+            ("hello 2 auth u p", Connection::Hello { protocol: Some(Protocol::Resp2), auth: auth.clone(), name: None }),
+            (
+                "HELLO 3 SETNAME n AUTH u p",
+                Connection::Hello { protocol: Some(Protocol::Resp3), auth, name: Some("n".into()) },
+            ),
+            ("AUTH p", Connection::Auth { user: "default".into(), password: "p".into() }),
+            ("AUTH u p", Connection::Auth { user: "u".into(), password: "p".into() }),
+            ("CLIENT SETINFO LIB-VER 5.2.1", Connection::SetInfo { field: "lib-ver".into(), value: "5.2.1".into() }),
+            ("client setname a", Connection::SetName("a".into())),
+            ("CLIENT UNBLOCK 7 ERROR", Connection::Unblock { id: 7, error: true }),
+            ("CLIENT KILL ID 7", Connection::Kill { id: 7 }),
+            ("CLIENT REPLY skip", Connection::Reply(ReplyMode::Skip)),
+            ("CLIENT LIST TYPE normal", Connection::List),
+        ] {
+            assert_eq!(change(line), wanted, "{line}");
+        }
+        assert!(matches!(planned("SELECT 0"), Plan::Now(Reply::OK)));
+        assert!(matches!(planned("READONLY"), Plan::Now(Reply::OK)));
+    }
+
+    #[test]
+    fn refusals_are_in_the_words_that_clients_look_for() {
+        for (line, error) in [
+            ("HELLO 9", "NOPROTO unsupported protocol version"),
+            ("HELLO x", "ERR Protocol version is not an integer or out of range"),
+            ("SELECT 99", "ERR DB index is out of range"),
+            ("CLIENT SETINFO LIB-FOO x", "ERR Unrecognized option 'LIB-FOO'"),
+            ("CLIENT UNBLOCK x", "ERR value is not an integer or out of range"),
+            ("CLIENT UNBLOCK 1 FOO", "ERR CLIENT UNBLOCK reason should be TIMEOUT or ERROR"),
+            ("CLIENT REPLY x", "ERR syntax error"),
+            ("CLIENT NO-EVICT x", "ERR syntax error"),
+            ("CLIENT LIST TYPE foo", "ERR Unknown client type 'foo'"),
+            ("CLIENT TRACKING ON", "ERR unknown subcommand 'TRACKING'. Try CLIENT HELP."),
+            ("CLIENT MAINT_NOTIFICATIONS ON", "ERR unknown subcommand 'MAINT_NOTIFICATIONS'. Try CLIENT HELP."),
+            ("CLIENT SETNAME a\nb", "ERR Client names cannot contain spaces, newlines or special characters."),
+        ] {
+            assert_eq!(refused(line), error, "{line}");
+        }
+    }
+}

@@ -48,13 +48,13 @@ pub static ROWS: &[Spec] = &[
 > GOFLOW.ENQUEUE main hello
 \"<id>\"
 > GOFLOW.DEQUEUE main
-1# \"id\" => \"<id>\"
-2# \"receipt\" => \"<receipt>\"
+ 1# \"id\" => \"<id>\"
+ 2# \"receipt\" => \"<receipt>\"
 ...
 > GOFLOW.FAIL main <receipt> ERROR \"no such user\" DEAD
 \"dead\"
 > GOFLOW.DLQ LIST main COUNT 1
-1) 1# \"id\" => \"<id>\"
+1)  1# \"id\" => \"<id>\"
 ...",
         plan: list,
         ..DEAD
@@ -82,8 +82,8 @@ pub static ROWS: &[Spec] = &[
 > GOFLOW.ENQUEUE main hello
 \"<id>\"
 > GOFLOW.DEQUEUE main
-1# \"id\" => \"<id>\"
-2# \"receipt\" => \"<receipt>\"
+ 1# \"id\" => \"<id>\"
+ 2# \"receipt\" => \"<receipt>\"
 ...
 > GOFLOW.FAIL main <receipt> DEAD
 \"dead\"
@@ -186,4 +186,41 @@ fn retry_all(args: &Args, _: &Context) -> Result<Plan> {
 
 fn purge(args: &Args, _: &Context) -> Result<Plan> {
     Ok(Plan::Drain { op: Op { queue: args.queue()?, action: Action::Purge { state: JobState::Dead } } })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::Route;
+    use crate::command::tests::{planned, refused};
+    use crate::job::JobRef;
+
+    #[test]
+    fn dead_jobs_are_named_by_generated_and_chosen_ids_alike() {
+        let Plan::Jobs { jobs, action, .. } = planned("GOFLOW.DLQ RETRY q 2s~s1 mine") else { panic!() };
+        let routes: Vec<_> = jobs.iter().map(|job| job.route.clone()).collect();
+        assert_eq!(routes, [Route::Shard("s1".into()), Route::Key("mine".into())]);
+        let jobs = vec![JobRef::Seq(100)];
+        assert_eq!(action(jobs.clone()), Action::DeadRetry { jobs: jobs.clone() });
+        let Plan::Jobs { action, .. } = planned("goflow.dlq delete q a") else { panic!() };
+        assert_eq!(action(jobs.clone()), Action::DeadDelete { jobs });
+        refused(&format!("GOFLOW.DLQ RETRY q{}", " a".repeat(10_001)));
+    }
+
+    #[test]
+    fn bulk_orders_go_on_until_nothing_is_left() {
+        let Plan::Drain { op } = planned("GOFLOW.DLQ RETRYALL q") else { panic!() };
+        assert_eq!(op.action, Action::DeadRetryAll { until: None });
+        let Plan::Drain { op } = planned("GOFLOW.DLQ PURGE q") else { panic!() };
+        assert_eq!(op.action, Action::Purge { state: JobState::Dead });
+    }
+
+    #[test]
+    fn a_list_is_a_page_of_the_dead() {
+        let Plan::Each { op, .. } = planned("GOFLOW.DLQ LIST q COUNT 3 OFFSET 2") else { panic!() };
+        assert_eq!(op.action, Action::Peek { state: JobState::Dead, offset: 0, count: 5 });
+        let Plan::Each { op, merge } = planned("GOFLOW.DLQ LEN q") else { panic!() };
+        assert_eq!(op.action, Action::Len { state: JobState::Dead });
+        assert_eq!(merge(vec![("a".into(), Outcome::Count(4)), ("b".into(), Outcome::Count(1))]), Reply::Integer(5));
+    }
 }

@@ -275,3 +275,81 @@ pub fn categories(args: &Args, _: &Context) -> Result<Plan> {
         false => Err(Error::bad(format!("Unknown category '{}'", String::from_utf8_lossy(category)))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::tests::{planned, refused};
+    use crate::resp::reply::Protocol;
+
+    fn wire(line: &str, protocol: Protocol) -> String {
+        let Plan::Now(reply) = planned(line) else { panic!("{line} is not answered at once") };
+        let mut out = bytes::BytesMut::new();
+        reply.encode(protocol, &mut out);
+        String::from_utf8_lossy(&out).replace("\r\n", " ")
+    }
+
+    #[test]
+    fn an_entry_has_the_ten_elements_of_redis() {
+        assert_eq!(
+            wire("COMMAND INFO GOFLOW.ACK nosuch", Protocol::Resp3),
+            "*2 *10 $10 goflow.ack :-3 ~2 +write +fast :1 :1 :1 ~3 +@write +@fast +@goflow ~0 ~1 %3 $5 flags ~3 +RW \
+             +access +update $12 begin_search %2 $4 type $5 index $4 spec %1 $5 index :1 $9 find_keys %2 $4 type $5 \
+             range $4 spec %3 $7 lastkey :0 $7 keystep :1 $5 limit :0 *0 _ "
+        );
+        assert!(
+            wire("COMMAND INFO client|id", Protocol::Resp2).starts_with("*1 *10 $9 client|id :2 *1 +fast :0 :0 :0 ")
+        );
+        assert!(wire("COMMAND INFO goflow.dlq|len", Protocol::Resp2).contains(":2 :2 :1 *3 +@read"));
+        assert!(wire("COMMAND INFO goflow.dequeue", Protocol::Resp2).contains("+movablekeys"));
+        assert!(wire("COMMAND INFO client", Protocol::Resp2).starts_with("*1 *10 $6 client :-2 "));
+    }
+
+    #[test]
+    fn a_document_is_a_map_or_a_flat_list_and_says_the_arguments() {
+        let docs = |protocol| wire("COMMAND DOCS GOFLOW.RELEASE", protocol);
+        let arguments = |map: &str, set: &str, all: [u8; 3]| {
+            format!(
+                "$9 arguments *3 {map}{} $4 name $5 queue $4 type $3 key $14 key_spec_index :0 {map}{} $4 name $7 receipt \
+                 $4 type $6 string {map}{} $4 name $2 ms $4 type $7 integer $5 token $5 DELAY $5 flags {set}1 +optional ",
+                all[0], all[1], all[2]
+            )
+        };
+        assert!(docs(Protocol::Resp3).starts_with("%1 $14 goflow.release %4 $7 summary $"));
+        assert!(docs(Protocol::Resp3).ends_with(&arguments("%", "~", [3, 2, 4])), "{}", docs(Protocol::Resp3));
+        assert!(docs(Protocol::Resp2).starts_with("*2 $14 goflow.release *8 $7 summary $"));
+        assert!(docs(Protocol::Resp2).ends_with(&arguments("*", "*", [6, 4, 8])));
+        let enqueue = wire("COMMAND DOCS goflow.enqueue", Protocol::Resp3);
+        assert!(enqueue.contains("$4 type $5 oneof $5 flags ~1 +optional $9 arguments *2 "), "{enqueue}");
+        assert!(enqueue.contains("$5 token $4 META $5 flags ~3 +optional +multiple +multiple_token $9 arguments *2 "));
+        assert!(wire("COMMAND DOCS client", Protocol::Resp3).contains("$11 subcommands %"));
+        assert_eq!(wire("COMMAND DOCS nosuch", Protocol::Resp3), "%0 ");
+    }
+
+    #[test]
+    fn keys_are_the_queues_of_a_request() {
+        assert_eq!(wire("COMMAND GETKEYS goflow.dequeue a b BLOCK 5", Protocol::Resp2), "*2 $1 a $1 b ");
+        assert_eq!(wire("COMMAND GETKEYS goflow.dlq retry a 5", Protocol::Resp2), "*1 $1 a ");
+        for (line, error) in [
+            ("COMMAND GETKEYS ping a", "The command has no key arguments"),
+            ("COMMAND GETKEYS foo a", "Invalid command specified"),
+            ("COMMAND GETKEYS goflow.enqueue a", "Invalid number of arguments specified for command"),
+            ("COMMAND GETKEYS get", "wrong number of arguments for 'command|getkeys' command"),
+            ("COMMAND LIST FILTERBY FOO a", "syntax error"),
+            ("ACL CAT foo", "Unknown category 'foo'"),
+        ] {
+            assert_eq!(refused(line), format!("ERR {error}"), "{line}");
+        }
+    }
+
+    #[test]
+    fn names_are_listed_whole_by_category_and_by_pattern() {
+        assert_eq!(wire("COMMAND LIST FILTERBY PATTERN GOFLOW.QUEUE?", Protocol::Resp2), "*1 $13 goflow.queues ");
+        assert_eq!(wire("COMMAND LIST FILTERBY ACLCAT blocking", Protocol::Resp2), "*1 $14 goflow.dequeue ");
+        assert_eq!(wire("COMMAND LIST FILTERBY MODULE x", Protocol::Resp2), "*0 ");
+        assert!(wire("ACL CAT", Protocol::Resp2).contains("$6 goflow "));
+        let Plan::Now(Reply::Array(all)) = planned("COMMAND LIST") else { panic!() };
+        assert_eq!(all.len(), rows().len());
+        assert_eq!(wire("COMMAND COUNT", Protocol::Resp2), format!(":{} ", commands().count()));
+    }
+}

@@ -82,7 +82,7 @@ pub static ROWS: &[Spec] = &[
         examples: "\
 > GOFLOW.ENQUEUE main hello
 \"<id>\"
-> GOFLOW.ENQUEUE main {\\\"to\\\":\\\"ada\\\"} ID mail-17 TYPE mail PRIORITY 5 META tenant acme
+> GOFLOW.ENQUEUE main '{\"to\":\"ada\"}' ID mail-17 TYPE mail PRIORITY 5 META tenant acme
 \"mail-17\"
 > GOFLOW.ENQUEUE main again ID mail-17
 \"mail-17\"
@@ -150,15 +150,15 @@ pub static ROWS: &[Spec] = &[
 > GOFLOW.ENQUEUE main hello TYPE greeting META lang en
 \"<id>\"
 > GOFLOW.DEQUEUE main LEASE 60000
-1# \"id\" => \"<id>\"
-2# \"receipt\" => \"<receipt>\"
-3# \"payload\" => \"hello\"
-4# \"attempt\" => (integer) 1
-5# \"queue\" => \"main\"
-6# \"type\" => \"greeting\"
-7# \"attempts\" => (integer) 25
-8# \"priority\" => (integer) 0
-9# \"enqueued_at\" => (integer) <enqueued-at>
+ 1# \"id\" => \"<id>\"
+ 2# \"receipt\" => \"<receipt>\"
+ 3# \"payload\" => \"hello\"
+ 4# \"attempt\" => (integer) 1
+ 5# \"queue\" => \"main\"
+ 6# \"type\" => \"greeting\"
+ 7# \"attempts\" => (integer) 25
+ 8# \"priority\" => (integer) 0
+ 9# \"enqueued_at\" => (integer) <enqueued-at>
 10# \"lease_until\" => (integer) <lease-until>
 11# \"shard\" => \"<shard>\"
 12# \"meta\" => 1# \"lang\" => \"en\"
@@ -181,8 +181,8 @@ pub static ROWS: &[Spec] = &[
 > GOFLOW.ENQUEUE main hello
 \"<id>\"
 > GOFLOW.DEQUEUE main
-1# \"id\" => \"<id>\"
-2# \"receipt\" => \"<receipt>\"
+ 1# \"id\" => \"<id>\"
+ 2# \"receipt\" => \"<receipt>\"
 ...
 > GOFLOW.ACK main <receipt> RESULT done
 (integer) 1
@@ -212,8 +212,8 @@ pub static ROWS: &[Spec] = &[
 > GOFLOW.ENQUEUE main hello
 \"<id>\"
 > GOFLOW.DEQUEUE main
-1# \"id\" => \"<id>\"
-2# \"receipt\" => \"<receipt>\"
+ 1# \"id\" => \"<id>\"
+ 2# \"receipt\" => \"<receipt>\"
 ...
 > GOFLOW.FAIL main <receipt> ERROR \"connection refused\" RETRYIN 5000
 \"scheduled\"",
@@ -232,8 +232,8 @@ pub static ROWS: &[Spec] = &[
 > GOFLOW.ENQUEUE main hello
 \"<id>\"
 > GOFLOW.DEQUEUE main
-1# \"id\" => \"<id>\"
-2# \"receipt\" => \"<receipt>\"
+ 1# \"id\" => \"<id>\"
+ 2# \"receipt\" => \"<receipt>\"
 ...
 > GOFLOW.RELEASE main <receipt>
 \"ready\"",
@@ -252,8 +252,8 @@ pub static ROWS: &[Spec] = &[
 > GOFLOW.ENQUEUE main hello
 \"<id>\"
 > GOFLOW.DEQUEUE main
-1# \"id\" => \"<id>\"
-2# \"receipt\" => \"<receipt>\"
+ 1# \"id\" => \"<id>\"
+ 2# \"receipt\" => \"<receipt>\"
 ...
 > GOFLOW.EXTEND main <receipt> 60000
 (integer) <lease-until>",
@@ -273,8 +273,8 @@ pub static ROWS: &[Spec] = &[
 > GOFLOW.ENQUEUE main hello
 \"<id>\"
 > GOFLOW.DEQUEUE main
-1# \"id\" => \"<id>\"
-2# \"receipt\" => \"<receipt>\"
+ 1# \"id\" => \"<id>\"
+ 2# \"receipt\" => \"<receipt>\"
 ...
 > GOFLOW.PROGRESS main <receipt> 40 \"2 of 5 files\"
 OK",
@@ -312,11 +312,11 @@ OK",
 > GOFLOW.ENQUEUE main hello DELAY 60000
 \"<id>\"
 > GOFLOW.JOB main <id>
-1# \"id\" => \"<id>\"
-2# \"queue\" => \"main\"
-3# \"shard\" => \"<shard>\"
-4# \"state\" => \"scheduled\"
-5# \"payload\" => \"hello\"
+ 1# \"id\" => \"<id>\"
+ 2# \"queue\" => \"main\"
+ 3# \"shard\" => \"<shard>\"
+ 4# \"state\" => \"scheduled\"
+ 5# \"payload\" => \"hello\"
 ...
 > GOFLOW.JOB main no-such-job
 (nil)",
@@ -340,8 +340,8 @@ OK",
 > GOFLOW.ENQUEUE main hello
 \"<id>\"
 > GOFLOW.PEEK main COUNT 1
-1) 1# \"id\" => \"<id>\"
-   2# \"queue\" => \"main\"
+1)  1# \"id\" => \"<id>\"
+    2# \"queue\" => \"main\"
 ...",
         plan: peek,
         ..Spec::BASE
@@ -877,4 +877,311 @@ fn written(buffer: &mut [u8; 96], write: impl FnOnce(&mut &mut [u8])) -> &[u8] {
     write(&mut rest);
     let used = 96 - rest.len();
     &buffer[..used]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::tests::{context, planned, refused, request};
+    use crate::command::{find, plan};
+    use crate::job::Spec as Job;
+
+    fn enqueued(line: &str) -> Enqueue {
+        match planned(line) {
+            Plan::Enqueue(enqueue) => enqueue,
+            _ => panic!("{line} is no enqueue"),
+        }
+    }
+
+    fn op(line: &str) -> (Route, Action) {
+        match planned(line) {
+            Plan::Op { route, op, .. } => (route, op.action),
+            _ => panic!("{line} is no op"),
+        }
+    }
+
+    #[test]
+    fn an_enqueue_without_options_shares_the_policy_that_the_configuration_sets() {
+        let context = context();
+        let Ok(Plan::Enqueue(first)) = plan(&request("goflow.enqueue main hello"), &context) else { panic!() };
+        assert!(Arc::ptr_eq(&first.policy, &context.limits.policy));
+        assert_eq!((first.queue.as_str(), &first.payloads[..]), ("main", &[Bytes::from("hello")][..]));
+        assert!(!first.many && !first.nx && first.shard.is_none() && first.start == Start::Now);
+    }
+
+    #[test]
+    fn every_option_of_an_enqueue_is_in_its_plan() {
+        let enqueue = enqueued(
+            "GOFLOW.ENQUEUE q p nx id a type t priority -7 at 1790000000000 attempts 3 backoff 10 backoffmax 99 ttl 5000 \
+             meta k v META k2 v2 meta k v3",
+        );
+        let pair = |field: &'static str, value: &'static str| (Bytes::from(field), Bytes::from(value));
+        let policy = Policy {
+            kind: "t".into(),
+            priority: -7,
+            attempts: 3,
+            backoff: 10,
+            backoff_max: 99,
+            ttl: 5000,
+            id: Some("a".into()),
+            unique: None,
+            group: None,
+            meta: vec![pair("k", "v3"), pair("k2", "v2")],
+        };
+        assert_eq!(*enqueue.policy, policy);
+        assert_eq!((enqueue.start, enqueue.nx), (Start::At(1_790_000_000_000), true));
+        assert_eq!(enqueued("GOFLOW.ENQUEUE q p UNIQUE k 0").policy.unique, Some(("k".into(), 0)));
+        assert_eq!(enqueued("GOFLOW.ENQUEUE q p SHARD s1 DELAY 5").shard.as_deref(), Some("s1"));
+        assert_eq!(enqueued("GOFLOW.ENQUEUE q p DELAY 5").start, Start::Delay(5));
+    }
+
+    #[test]
+    fn many_jobs_are_as_many_as_the_count_says_whatever_they_hold() {
+        let enqueue = enqueued("GOFLOW.ENQUEUEMANY q 3 TYPE PRIORITY x PRIORITY 4");
+        assert_eq!(enqueue.payloads, [Bytes::from("TYPE"), Bytes::from("PRIORITY"), Bytes::from("x")]);
+        assert!(enqueue.many && enqueue.policy.priority == 4);
+        for (line, error) in [
+            ("GOFLOW.ENQUEUEMANY q 3 a b", "ERR syntax error: the count says 3, but only 2 values follow"),
+            ("GOFLOW.ENQUEUEMANY q 1 a b", "ERR syntax error"),
+            ("GOFLOW.ENQUEUEMANY q 0 a", "ERR value is not an integer or out of range: count expects at least 1"),
+            ("GOFLOW.ENQUEUEMANY q x a", "ERR value is not an integer or out of range: count expects at least 1"),
+            ("GOFLOW.ENQUEUEMANY q 1 a ID b", "ERR syntax error"),
+            ("GOFLOW.ENQUEUEMANY q 1 a UNIQUE b 1", "ERR syntax error"),
+        ] {
+            assert_eq!(refused(line), error, "{line}");
+        }
+        let many = format!("GOFLOW.ENQUEUEMANY q 10001{}", " x".repeat(10_001));
+        assert_eq!(refused(&many), "ERR value is not an integer or out of range: count expects 1 to 10000");
+    }
+
+    #[test]
+    fn what_an_enqueue_cannot_mean_is_refused() {
+        for (options, error) in [
+            ("DELAY 1 AT 2", "ERR syntax error"),
+            ("AT 2 DELAY 1", "ERR syntax error"),
+            ("ID a ID b", "ERR syntax error"),
+            ("META a", "ERR syntax error"),
+            ("BOGUS 1", "ERR syntax error"),
+            ("ID a UNIQUE k 1", "ERR UNIQUE does not go with ID: each of them decides the shard"),
+            ("ID a SHARD s", "ERR SHARD does not go with ID or UNIQUE, which have a shard of their own"),
+            ("UNIQUE a 1 SHARD s", "ERR SHARD does not go with ID or UNIQUE, which have a shard of their own"),
+            ("NX", "ERR NX goes with ID or UNIQUE only"),
+            ("ID 2s~s1", "ERR invalid ID: it has the shape of a generated id, <base36>~<shard>"),
+            ("PRIORITY 1001", "ERR value is not an integer or out of range: PRIORITY expects -1000 to 1000"),
+            ("PRIORITY +1", "ERR value is not an integer or out of range: PRIORITY expects -1000 to 1000"),
+            ("ATTEMPTS 0", "ERR value is not an integer or out of range: ATTEMPTS expects 1 to 4294967295"),
+            ("DELAY -1", "ERR value is not an integer or out of range: DELAY expects 0 to 9999999999999"),
+            ("AT 10000000000000", "ERR value is not an integer or out of range: AT expects 0 to 9999999999999"),
+            ("TTL 1.5", "ERR value is not an integer or out of range: TTL expects 0 to 9999999999999"),
+            ("UNIQUE k x", "ERR value is not an integer or out of range: UNIQUE ms expects 0 to 9999999999999"),
+            ("SHARD a~b", "ERR invalid shard name: expected 1 to 48 bytes of A-Z a-z 0-9 . _ / -"),
+        ] {
+            assert_eq!(refused(&format!("GOFLOW.ENQUEUE q p {options}")), error, "{options}");
+        }
+        let invalid = "ERR invalid name: expected 1 to 128 bytes of A-Z a-z 0-9 . _ : / @ -";
+        assert_eq!(refused("GOFLOW.ENQUEUE {q} p"), invalid);
+        assert_eq!(refused("GOFLOW.ENQUEUE  p"), invalid);
+    }
+
+    #[test]
+    fn a_value_may_be_as_long_as_its_limit_and_no_longer() {
+        let long = |count: usize| "x".repeat(count);
+        for (line, limit) in [
+            (format!("GOFLOW.ENQUEUE q p TYPE {}", long(TYPE_BYTES_MAX)), TYPE_BYTES_MAX),
+            (format!("GOFLOW.ENQUEUE q p ID {}", long(KEY_BYTES_MAX)), KEY_BYTES_MAX),
+            (format!("GOFLOW.DEQUEUE q WORKER {}", long(KEY_BYTES_MAX)), KEY_BYTES_MAX),
+            (format!("GOFLOW.ENQUEUE q p META k {}", long(META_BYTES_MAX - 1)), META_BYTES_MAX),
+        ] {
+            planned(&line);
+            let error = refused(&format!("{line}x"));
+            assert!(error.starts_with("TOOBIG ") && error.ends_with(&format!("the limit is {limit}")), "{error}");
+        }
+        let fields = |count: usize| (0..count).map(|at| format!(" META k{at} v")).collect::<String>();
+        planned(&format!("GOFLOW.ENQUEUE q p{}", fields(META_FIELDS_MAX)));
+        assert!(refused(&format!("GOFLOW.ENQUEUE q p{}", fields(META_FIELDS_MAX + 1))).starts_with("TOOBIG "));
+        let mut small = context();
+        small.limits = Arc::new(crate::command::Limits { payload_bytes_max: 5, ..Default::default() });
+        assert!(plan(&request("GOFLOW.ENQUEUE q 12345"), &small).is_ok());
+        let error = plan(&request("GOFLOW.ENQUEUE q 123456"), &small).err().expect("an error").to_string();
+        assert_eq!(error, "TOOBIG payload has 6 bytes, the limit is 5");
+        assert!(plan(&request("GOFLOW.ENQUEUEMANY q 2 12345 123456"), &small).is_err());
+    }
+
+    #[test]
+    fn a_dequeue_says_where_how_many_and_how_long() {
+        let Plan::Dequeue(dequeue) = planned("GOFLOW.DEQUEUE a b a COUNT 5 BLOCK 0 LEASE 1000 WORKER w SHARDS 2 s1 s2")
+        else {
+            panic!()
+        };
+        assert_eq!(dequeue.queues, [Name::parse(b"a").unwrap(), Name::parse(b"b").unwrap()]);
+        assert_eq!((dequeue.count, dequeue.block_ms, dequeue.lease_ms), (Some(5), Some(0), 1000));
+        assert_eq!((dequeue.worker, dequeue.shards), (Bytes::from("w"), vec!["s1".into(), "s2".into()]));
+        let Plan::Dequeue(plain) = planned("GOFLOW.DEQUEUE count") else { panic!() };
+        assert_eq!(plain.queues, [Name::parse(b"count").unwrap()]);
+        assert_eq!((plain.count, plain.block_ms, plain.lease_ms), (None, None, 30_000));
+        for options in
+            ["COUNT 0", "COUNT 10001", "LEASE 0", "LEASE 86400001", "BLOCK -1", "BLOCK", "SHARDS 2 a", "SHARDS 0"]
+        {
+            refused(&format!("GOFLOW.DEQUEUE q {options}"));
+        }
+        let queues = |count: usize| (0..count).map(|at| format!(" q{at}")).collect::<String>();
+        planned(&format!("GOFLOW.DEQUEUE{}", queues(DEQUEUE_QUEUES_MAX)));
+        refused(&format!("GOFLOW.DEQUEUE{}", queues(DEQUEUE_QUEUES_MAX + 1)));
+    }
+
+    #[test]
+    fn verdicts_go_to_the_shard_that_the_receipt_names() {
+        let lease = Lease { seq: 100, token: 56 };
+        let (route, action) = op("GOFLOW.FAIL q 2s.1k~s1 TRACE t ERROR e RETRYIN 7");
+        let wanted = Action::Fail { lease, error: "e".into(), trace: "t".into(), retry_in: Some(7), dead: false };
+        assert_eq!((route, action), (Route::Shard("s1".into()), wanted));
+        assert_eq!(op("GOFLOW.RELEASE q 2s.1k~s1").1, Action::Release { lease, delay: 0 });
+        assert_eq!(op("GOFLOW.EXTEND q 2s.1k~s1 500").1, Action::Extend { lease, lease_ms: 500 });
+        let progress = Action::Progress { lease, percent: 100, text: "half".into() };
+        assert_eq!(op("GOFLOW.PROGRESS q 2s.1k~s1 100 half").1, progress);
+        let Plan::Ack { leases, result, .. } = planned("GOFLOW.ACK q 2s.1k~s1 2s.1k~s2 RESULT r") else { panic!() };
+        assert_eq!(leases, [("s1".into(), lease), ("s2".into(), lease)]);
+        assert_eq!(result, "r");
+        assert_eq!(refused("GOFLOW.FAIL q 2s.1k~s1 DEAD RETRYIN 5"), "ERR RETRYIN does not go with DEAD");
+        for line in [
+            "GOFLOW.ACK q 2s~s1",
+            "GOFLOW.ACK q x RESULT",
+            "GOFLOW.EXTEND q 2s.1k~s1 86400001",
+            "GOFLOW.PROGRESS q 2s.1k~s1 101",
+        ] {
+            refused(line);
+        }
+    }
+
+    #[test]
+    fn a_text_is_cut_to_what_is_kept_of_it() {
+        let (_, action) = op(&format!("GOFLOW.FAIL q 2s.1k~s1 ERROR {}", "x".repeat(TEXT_BYTES_MAX + 1)));
+        assert!(matches!(action, Action::Fail { error, .. } if error.len() == TEXT_BYTES_MAX));
+    }
+
+    #[test]
+    fn a_job_is_looked_for_where_its_id_says() {
+        assert_eq!(op("GOFLOW.CANCEL q 2s~s1"), (Route::Shard("s1".into()), Action::Cancel { job: JobRef::Seq(100) }));
+        let chosen = JobRef::Chosen("mail-1".into());
+        assert_eq!(op("GOFLOW.JOB q mail-1"), (Route::Key("mail-1".into()), Action::Job { job: chosen }));
+    }
+
+    fn view(seq: u64, priority: i16, at: u64, state: JobState) -> JobView {
+        let policy = Arc::new(Policy { priority, ..Policy::default() });
+        JobView {
+            seq,
+            spec: Job { policy, payload: Bytes::new() },
+            state,
+            enqueued_at: at,
+            attempt: 1,
+            lapses: 0,
+            redrives: 0,
+            due_at: None,
+            lease_until: None,
+            started_at: None,
+            finished_at: Some(at),
+            worker: Bytes::new(),
+            error: Bytes::new(),
+            trace: Bytes::new(),
+            result: Bytes::new(),
+            progress: None,
+            progress_text: Bytes::new(),
+        }
+    }
+
+    #[test]
+    fn pages_of_several_shards_are_one_page_in_the_order_of_delivery() {
+        let pages = |state| {
+            let job = |seq, priority, at| view(seq, priority, at, state);
+            vec![
+                (Arc::from("a"), vec![job(1, 5, 30), job(2, 0, 10), job(3, 0, 40)]),
+                (Arc::from("b"), vec![job(4, 0, 20), job(5, 0, 15)]),
+            ]
+        };
+        let order = |state| merge_pages(pages(state), state).map(|(_, job)| job.seq).collect::<Vec<_>>();
+        // Job 5 stays behind job 4: the order of a shard is its own.
+        assert_eq!(order(JobState::Ready), [1, 2, 4, 5, 3]);
+        assert_eq!(order(JobState::Dead), [1, 4, 5, 2, 3]);
+    }
+
+    #[test]
+    fn a_page_begins_at_its_offset_and_ends_at_its_count() {
+        let Plan::Each { op, merge } = planned("GOFLOW.PEEK q OFFSET 1 COUNT 2") else { panic!() };
+        assert_eq!(op.action, Action::Peek { state: JobState::Ready, offset: 0, count: 3 });
+        let jobs = |seqs: [u64; 2]| Outcome::Jobs(seqs.map(|seq| view(seq, 0, seq, JobState::Ready)).to_vec());
+        let reply = merge(vec![(Arc::from("a"), jobs([1, 3])), (Arc::from("b"), jobs([2, 4]))]);
+        let Reply::Array(jobs) = reply else { panic!() };
+        let ids = jobs.iter().map(|job| match job {
+            Reply::Map(fields) => fields[0].1.clone(),
+            _ => panic!(),
+        });
+        assert_eq!(ids.collect::<Vec<_>>(), [Reply::bulk("2~b"), Reply::bulk("3~a")]);
+        planned("GOFLOW.PEEK q OFFSET 950");
+        planned("GOFLOW.PEEK q OFFSET 900 COUNT 100 STATE dead");
+        refused("GOFLOW.PEEK q OFFSET 901 COUNT 100");
+    }
+
+    #[test]
+    fn counts_are_added_up_or_shown_for_each_shard() {
+        let outcomes = || vec![(Arc::from("a"), Outcome::Count(2)), (Arc::from("b"), Outcome::Count(3))];
+        let Plan::Each { merge, .. } = planned("GOFLOW.LEN q STATE LEASED") else { panic!() };
+        assert_eq!(merge(outcomes()), Reply::Integer(5));
+        let Plan::Each { merge, .. } = planned("GOFLOW.LEN q PERSHARD") else { panic!() };
+        let pair = |name: &str, count| (Reply::bulk(name), Reply::Integer(count));
+        assert_eq!(merge(outcomes()), Reply::Map(vec![pair("a", 2), pair("b", 3)]));
+        assert!(refused("GOFLOW.LEN q STATE gone").starts_with("ERR unknown state: STATE expects one of ready,"));
+    }
+
+    #[test]
+    fn a_delivered_job_has_its_fields_in_the_promised_order() {
+        let meta = vec![("k".into(), "v".into())];
+        let policy = Arc::new(Policy { kind: "mail".into(), priority: -3, meta, ..Policy::default() });
+        let lease = Lease { seq: 100, token: 56 };
+        let mut delivery = Delivery {
+            lease,
+            spec: Job { policy: policy.clone(), payload: "hi".into() },
+            attempt: 2,
+            enqueued_at: 17,
+            lease_until: 18,
+        };
+        let queue = Name::parse(b"main").unwrap();
+        let wire = |protocol, delivery: &Delivery| {
+            let mut out = BytesMut::new();
+            put_delivery(&mut out, delivery, &queue, "s1", protocol);
+            String::from_utf8_lossy(&out).replace("\r\n", " ")
+        };
+        let fields = "$2 id $5 2s~s1 $7 receipt $8 2s.1k~s1 $7 payload $2 hi $7 attempt :2 $5 queue $4 main $4 type $4 mail \
+                      $8 attempts :25 $8 priority :-3 $11 enqueued_at :17 $11 lease_until :18 $5 shard $2 s1 $4 meta ";
+        assert_eq!(wire(Protocol::Resp3, &delivery), format!("%12 {fields}%1 $1 k $1 v "));
+        assert_eq!(wire(Protocol::Resp2, &delivery), format!("*24 {fields}*2 $1 k $1 v "));
+        delivery.spec.policy = Arc::new(Policy { id: Some("mine".into()), ..(*policy).clone() });
+        assert!(wire(Protocol::Resp3, &delivery).starts_with("%12 $2 id $4 mine $7 receipt $8 2s.1k~s1 "));
+        let longest = "x".repeat(48);
+        delivery.lease = Lease { seq: crate::job::PLACE_MAX - 1, token: crate::job::TOKEN_MAX - 1 };
+        put_delivery(&mut BytesMut::new(), &delivery, &queue, &longest, Protocol::Resp2);
+    }
+
+    /// What finding and planning costs; run by hand: `cargo test --release --lib -- --ignored --nocapture cost_of`.
+    #[test]
+    #[ignore = "a measurement"]
+    fn the_cost_of_planning() {
+        let context = context();
+        for line in [
+            "GOFLOW.ENQUEUE main hello",
+            "goflow.dequeue main",
+            "GOFLOW.ACK main 2s.1k~s1",
+            "GOFLOW.ENQUEUE main hello TYPE mail PRIORITY 5",
+        ] {
+            let request = request(line);
+            let began = std::time::Instant::now();
+            for _ in 0..1_000_000 {
+                std::hint::black_box(find(std::hint::black_box(&request)).is_ok());
+            }
+            let found = began.elapsed();
+            for _ in 0..1_000_000 {
+                std::hint::black_box(plan(std::hint::black_box(&request), &context).is_ok());
+            }
+            println!("{line}: find {} ns, all {} ns", found.as_millis(), (began.elapsed() - found).as_millis());
+        }
+    }
 }

@@ -47,18 +47,30 @@ fn put_command(text: &mut String, row: &Row) {
     let name = row.name.replace('|', " ");
     let _ = writeln!(text, "#### {name}\n");
     let _ = writeln!(text, "```\n{}\n```\n", format!("{name} {}", syntax(row.args)).trim_end());
-    let _ = writeln!(text, "{}\n", row.summary);
-    if !row.notes.is_empty() {
-        let _ = writeln!(text, "{}\n", row.notes);
-    }
-    let _ = writeln!(text, "Reply: {}\n", row.reply);
-    let facts = facts(row);
-    if !facts.is_empty() {
-        let _ = writeln!(text, "{facts}\n");
+    let paragraphs = [row.summary.to_owned(), row.notes.to_owned(), format!("Reply: {}", row.reply), facts(row)];
+    for paragraph in paragraphs.iter().filter(|paragraph| !paragraph.is_empty()) {
+        put_wrapped(text, paragraph);
     }
     if !row.examples.is_empty() {
         let _ = writeln!(text, "```\n{}\n```\n", row.examples);
     }
+}
+
+/// A paragraph in lines of at most 120 columns.
+fn put_wrapped(text: &mut String, paragraph: &str) {
+    let mut column = 0;
+    for word in paragraph.split(' ') {
+        if column > 0 && column + 1 + word.len() > 120 {
+            text.push('\n');
+            column = 0;
+        } else if column > 0 {
+            text.push(' ');
+            column += 1;
+        }
+        text.push_str(word);
+        column += word.len();
+    }
+    text.push_str("\n\n");
 }
 
 fn facts(row: &Row) -> String {
