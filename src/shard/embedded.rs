@@ -52,6 +52,7 @@ enum Order {
     Apply { ops: Vec<Op>, at: Option<UnixMs>, answer: oneshot::Sender<Applied> },
     Queues { answer: oneshot::Sender<Result<Vec<Name>>> },
     Claim { stamp: Stamp, answer: oneshot::Sender<Result<()>> },
+    Stamp { answer: oneshot::Sender<Result<Option<Stamp>>> },
 }
 
 impl Embedded {
@@ -157,6 +158,11 @@ impl Shard for Embedded {
         let answer = self.order(|answer| Order::Claim { stamp, answer });
         Box::pin(async move { answer.await? })
     }
+
+    fn stamp(&self) -> BoxFuture<'_, Result<Option<Stamp>>> {
+        let answer = self.order(|answer| Order::Stamp { answer });
+        Box::pin(async move { answer.await? })
+    }
 }
 
 /// The one that owns the state and the store.
@@ -178,6 +184,7 @@ impl Committer {
                     let _ = answer.send(applied.unwrap_or_else(|error| Applied::failed(count, &error)));
                 }
                 Order::Queues { answer } => drop(answer.send(self.commit(|state| Ok(state.queues())))),
+                Order::Stamp { answer } => drop(answer.send(self.commit(|state| state.stamp()))),
                 Order::Claim { stamp, answer } => {
                     let claimed = self.commit(|state| Ok(state.claim(&stamp)));
                     let _ = answer.send(claimed.and_then(|refused| refused));

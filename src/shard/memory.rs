@@ -57,6 +57,10 @@ impl Shard for Memory {
     fn claim(&self, stamp: Stamp) -> BoxFuture<'_, Result<()>> {
         Box::pin(std::future::ready(self.with(|state| state.claim(&stamp))))
     }
+
+    fn stamp(&self) -> BoxFuture<'_, Result<Option<Stamp>>> {
+        Box::pin(std::future::ready(self.with(|state| state.stamp())))
+    }
 }
 
 /// Rows in a map.

@@ -136,10 +136,15 @@ impl<R: Rows> State<R> {
         names
     }
 
+    /// The stamp that the shard has.
+    pub fn stamp(&self) -> Result<Option<Stamp>> {
+        let Some(row) = self.rows.get(&Key::Stamp)? else { return Ok(None) };
+        decode_stamp(row).map(Some).ok_or_else(|| broken("the stamp of the shard cannot be read"))
+    }
+
     /// Stamps the shard, or says why it must not be used under this stamp.
     pub fn claim(&mut self, stamp: &Stamp) -> Result<()> {
-        if let Some(row) = self.rows.get(&Key::Stamp)? {
-            let stored = decode_stamp(row).ok_or_else(|| broken("the stamp of the shard cannot be read"))?;
+        if let Some(stored) = self.stamp()? {
             check_stamp(&stored, stamp)?;
             if stored == *stamp {
                 return Ok(());
