@@ -12,6 +12,7 @@ use redis::{Cmd, Value};
 
 use super::{Keys, QUEUE_KEYS};
 use crate::clock::UnixMs;
+use crate::error::{Error, Result};
 use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Spec, TEXT_BYTES_MAX};
 use crate::shard::{
     Action, BULK_JOBS_MAX, Effect, Op, Outcome, PAGE_JOBS_MAX, Placed, Rules, Start, Stats, TICK_JOBS_MAX,
@@ -83,6 +84,18 @@ pub fn is_repeatable(action: &Action) -> bool {
     )
 }
 
+/// Refuses what no call could do, before one is made.
+pub fn check(action: &Action) -> Result<()> {
+    match action {
+        Action::Enqueue { policy, payloads, .. }
+            if payloads.len() != 1 && (policy.id.is_some() || policy.unique.is_some()) =>
+        {
+            Err(Error::bad("ID and UNIQUE are for one job, not for many"))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn is_plain(action: &Action) -> bool {
     matches!(action, Action::Enqueue { policy, start: Start::Now, .. }
         if policy.priority == 0 && policy.ttl == 0 && policy.id.is_none() && policy.unique.is_none())
@@ -92,7 +105,11 @@ impl Part {
     fn push(&mut self, place: usize, action: &Action) {
         let own = self.places.len();
         self.places.push(place);
-        self.creates |= matches!(action, Action::Enqueue { .. } | Action::Pause { .. });
+        self.creates |= match action {
+            Action::Enqueue { payloads, .. } => !payloads.is_empty(),
+            Action::Pause { paused } => *paused,
+            _ => false,
+        };
         match (action, self.runs.last_mut()) {
             (Action::Enqueue { payloads, .. }, _) if payloads.is_empty() => {}
             (Action::Lease { tokens, .. }, _) if tokens.is_empty() => {}
@@ -270,7 +287,7 @@ impl Part {
                     spec,
                     attempt: if spent.is_empty() { 1 } else { spent.try_get_u32().ok()?.saturating_add(1) },
                     enqueued_at,
-                    lease_until: now + (*lease_ms).min(SHORT_MAX),
+                    lease_until: now.saturating_add(*lease_ms).min(SHORT_MAX),
                 });
             }
             outcomes[*own] = Outcome::Leased(deliveries);
@@ -318,7 +335,7 @@ fn cut(bytes: &[u8]) -> &[u8] {
 fn put_header(out: &mut BytesMut, keys: &Keys, rules: &Rules, queue: &Name, at: Option<UnixMs>) {
     out.clear();
     put_short(out, at.unwrap_or(0));
-    put_short(out, rules.retention.age_ms.min(SHORT_MAX / 4));
+    put_short(out, rules.retention.age_ms);
     put_short(out, rules.retention.jobs);
     out.put_u32(rules.lapses_max);
     out.put_u32(BULK_JOBS_MAX as u32);
@@ -337,7 +354,7 @@ fn put_jobs(command: &mut Cmd, scratch: &mut BytesMut, action: &Action, is_speci
                 Start::At(point) => (b'a', *point),
             };
             scratch.put_u8(mode);
-            put_short(scratch, when.min(SHORT_MAX / 4));
+            put_short(scratch, when);
             put_bytes(scratch, policy.id.as_deref().unwrap_or_default());
             put_bytes(scratch, policy.unique.as_ref().map_or(&[][..], |(key, _)| key));
             if let Some((_, span)) = &policy.unique {

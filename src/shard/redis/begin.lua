@@ -30,12 +30,18 @@ local spread = table.unpack or unpack
 local META, JOBS, STATE, READY, RANKED, SCHEDULED, LEASED = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local EXPIRING, DEAD, HELD, COMPLETED, CANCELLED, EXPIRED = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12], KEYS[13]
 local META_FORMAT = '<dddddddddddddddddddddddddd'
+local TIME_MAX = 281474976710655 -- what 6 bytes hold
 local NOBODY = '\0\0\0\0\0\0'
 
 local now, keep_ms, keep_jobs, lapses_max, bulk_max = parse('>I6I6I6I4I4', ARGV[1])
 if now == 0 then
   local time = call('TIME')
   now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+-- The point so long from now.
+local function after(span)
+  return math.min(now + span, TIME_MAX)
 end
 
 -- Sends a command with any number of arguments; 6000 is even, so that pairs stay together.

@@ -4,10 +4,18 @@ if M.due > 0 and M.due <= now then
   rules = make_rules()
   rules.tick(bulk_max)
 end
-if M.keep_until > 0 and M.keep_until <= now then
-  rules = rules or make_rules()
-  rules.trim()
+-- Forgets what need not be kept any more.
+local function trim()
+  local excess = M.completed_kept + M.cancelled_kept + M.expired_kept - keep_jobs
+  if excess > 0 and M.cancelled_kept + M.expired_kept == 0 and M.keep_until > now then
+    rules = rules or make_rules()
+    rules.trim_completed(math.min(excess, bulk_max))
+  elseif excess > 0 or M.keep_until > 0 and M.keep_until <= now then
+    rules = rules or make_rules()
+    rules.trim()
+  end
 end
+trim()
 
 local outcomes = {}
 while ARGV[at] do
@@ -25,15 +33,7 @@ while ARGV[at] do
   end
 end
 
-local excess = M.completed_kept + M.cancelled_kept + M.expired_kept - keep_jobs
-if excess > 0 or M.keep_until > 0 and M.keep_until <= now then
-  rules = rules or make_rules()
-  if M.cancelled_kept + M.expired_kept == 0 and M.keep_until > now then
-    rules.trim_completed(math.min(excess, bulk_max))
-  else
-    rules.trim()
-  end
-end
+trim()
 if shed then
   rules.shed_ghosts()
 end

@@ -41,8 +41,8 @@ local function lease()
   while i < count do
     local jobs, lease_ms, worker
     jobs, lease_ms, worker, position = parse('>I4I6I2c0', parties, position)
-    local until_text = format('%.0f', now + lease_ms)
-    local times = pack('>I6', now + lease_ms) .. began
+    local ending = after(lease_ms)
+    local ending_text, times = format('%.0f', ending), pack('>I6', ending) .. began
     local text = pack('>I2c0', #worker, worker)
     local plain = '\0\0\0\0\0\0\0\0\0\0\0\0' .. times .. '\255' .. text .. '\0\0\0\0\0\0'
     for j = i + 1, math.min(i + jobs, count) do
@@ -53,7 +53,7 @@ local function lease()
       else
         changes[2 * j] = 'L' .. sub(tokens, 6 * j - 5, 6 * j) .. sub(records[j], 14, 14) .. '--' .. job .. plain
       end
-      ends[2 * j - 1] = until_text
+      ends[2 * j - 1] = ending_text
       ends[2 * j] = job
     end
     i = i + jobs

@@ -254,9 +254,10 @@ impl Redis {
     }
 
     async fn apply_ops(&self, ops: Vec<Op>, at: Option<UnixMs>) -> Applied {
-        let mut outcomes: Vec<Option<Result<Outcome>>> = (0..ops.len()).map(|_| None).collect();
+        let mut outcomes: Vec<Option<Result<Outcome>>> =
+            ops.iter().map(|op| batch::check(&op.action).err().map(Err)).collect();
         let mut effects: Vec<Effect> = Vec::new();
-        let mut parts = batch::split(&ops, |_| true);
+        let mut parts = batch::split(&ops, |place| outcomes[place].is_none());
         for is_repeat in [false, true] {
             let answers = self.call_loaded(&parts, &ops, at).await;
             let mut repeated = vec![false; ops.len()];
@@ -324,7 +325,11 @@ impl Shard for Redis {
     }
 
     fn claim(&self, stamp: Stamp) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.stamp(stamp))
+        Box::pin(self.claim_as(stamp))
+    }
+
+    fn stamp(&self) -> BoxFuture<'_, Result<Option<Stamp>>> {
+        Box::pin(self.read_stamp())
     }
 
     fn keyspace(&self) -> Keyspace {

@@ -111,8 +111,8 @@ function make_rules()
   end
 
   local function hold_key(job, key, span)
-    -- A span without an end in sight is none.
-    local ends = (span > 0 and now + span < 281474976710656) and now + span or 0
+    -- A span that ends beyond all times that are kept has no end.
+    local ends = (span > 0 and now + span <= TIME_MAX) and now + span or 0
     call('HSET', HELD, 'u' .. key, job .. pack('>I6', ends))
   end
 
@@ -334,23 +334,24 @@ function make_rules()
       if is_expired(it) then
         make_expired(it)
       else
-        make_scheduled(it, now + math.max(backoff(it), 1))
+        make_scheduled(it, after(math.max(backoff(it), 1)))
       end
-    end
-  end
-
-  local function fall_due(it)
-    leave(it)
-    if is_expired(it) then
-      make_expired(it)
-    else
-      make_ready(it)
     end
   end
 
   local function expire(it)
     leave(it)
+    it.verdict = '-'
     make_expired(it)
+  end
+
+  local function fall_due(it)
+    if is_expired(it) then
+      expire(it)
+    else
+      leave(it)
+      make_ready(it)
+    end
   end
 
   -- Moves what has fallen due, at most `room` jobs.
@@ -470,7 +471,7 @@ function make_rules()
       make_ready(it, again)
     else
       it.answer = 'S'
-      make_scheduled(it, now + delay)
+      make_scheduled(it, after(delay))
     end
     return it.answer
   end
@@ -507,7 +508,7 @@ function make_rules()
         if id ~= '' or key ~= '' then
           M.held = 1
         end
-        local due = mode == 'd' and now + when or mode == 'a' and when or 0
+        local due = mode == 'd' and after(when) or mode == 'a' and when or 0
         if due > now then
           it.place = 0
           make_scheduled(it, due)
@@ -562,7 +563,7 @@ function make_rules()
     if not it then
       return refusal
     end
-    it.time = now + tonumber(lease_ms)
+    it.time = after(tonumber(lease_ms))
     call('ZADD', LEASED, text(it.time), it.job)
     save(it)
     return it.time

@@ -10,16 +10,20 @@ use crate::error::{Code, Error, Result};
 use crate::job::Name;
 use crate::shard::{Health, Stamp};
 
-/// Compares the stamp of the shard with ours and writes ours where there is none, or one with an older map.
+/// Compares the stamp of the server with ours and writes ours where there is none, or one with an older map.
 ///
-/// KEYS: stamp. ARGV: deployment, shard, map version, map. Answers the four that were there before, or nothing.
+/// KEYS: stamp. ARGV: the four fields, then ours of each. Answers what was there before, nil where nothing was.
 const CLAIM: &str = "\
-local found = redis.call('HMGET', KEYS[1], 'deployment', 'shard', 'map_version', 'map')
-local is_ours = found[1] == ARGV[1] and found[2] == ARGV[2]
-if not found[1] or is_ours and tonumber(found[3]) < tonumber(ARGV[3]) then
-  redis.call('HSET', KEYS[1], 'deployment', ARGV[1], 'shard', ARGV[2], 'map_version', ARGV[3], 'map', ARGV[4])
+local found = redis.call('HMGET', KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4])
+local is_ours = found[1] == ARGV[5] and found[2] == ARGV[6]
+if not found[1] or is_ours and tonumber(found[3]) < tonumber(ARGV[7]) then
+  redis.call('HSET', KEYS[1], ARGV[1], ARGV[5], ARGV[2], ARGV[6], ARGV[3], ARGV[7], ARGV[4], ARGV[8])
 end
-return found[1] and found or false";
+return found";
+
+/// Has no hash tag: it is one for all partitions of a cluster.
+const STAMP_KEY: &str = "goflow:stamp";
+const STAMP_FIELDS: [&str; 4] = ["deployment", "shard", "map_version", "map"];
 
 impl Redis {
     async fn ask(&self, command: Cmd) -> Result<Value> {
@@ -45,36 +49,51 @@ impl Redis {
         Ok(names)
     }
 
-    /// One stamp for each server, and for each cluster one for all of its partitions.
-    pub(super) async fn stamp(&self, stamp: Stamp) -> Result<()> {
-        let shard = match self.keys.partition {
-            Some(_) => stamp.shard.rsplit_once('/').map_or(&*stamp.shard, |(cluster, _)| cluster),
-            None => &stamp.shard,
-        };
+    /// The name in the stamp: there is one for each server, and for each cluster one for all of its partitions.
+    fn stamped_name<'a>(&self, shard: &'a str) -> &'a str {
+        match self.keys.partition {
+            Some(_) => shard.rsplit_once('/').map_or(shard, |(cluster, _)| cluster),
+            None => shard,
+        }
+    }
+
+    pub(super) async fn read_stamp(&self) -> Result<Option<Stamp>> {
+        let mut get = redis::cmd("HMGET");
+        get.arg(STAMP_KEY).arg(&STAMP_FIELDS);
+        Ok(read_stamp(self.ask(get).await?).map(|mut stamp| {
+            // The stamp of a cluster is that of this partition too.
+            if stamp.shard == self.stamped_name(&self.name) {
+                stamp.shard = self.name.to_string();
+            }
+            stamp
+        }))
+    }
+
+    pub(super) async fn claim_as(&self, stamp: Stamp) -> Result<()> {
+        let own = self.stamped_name(&stamp.shard);
         let mut claim = redis::cmd("EVAL");
-        claim.arg(CLAIM).arg(1).arg("goflow:stamp");
-        claim.arg(&stamp.deployment).arg(shard).arg(stamp.map_version).arg(&stamp.map);
-        let found: Vec<String> =
-            texts(self.ask(claim).await?).iter().map(|raw| String::from_utf8_lossy(raw).into_owned()).collect();
-        let [deployment, name, version, map] = &found[..] else { return Ok(()) };
+        claim.arg(CLAIM).arg(1).arg(STAMP_KEY).arg(&STAMP_FIELDS);
+        claim.arg(&stamp.deployment).arg(own).arg(stamp.map_version).arg(&stamp.map);
+        let Some(found) = read_stamp(self.ask(claim).await?) else { return Ok(()) };
         let refuse = |why: String| Err(Error::new(Code::Err, format!("shard {}: {why}", self.name)));
-        if *deployment != stamp.deployment {
-            return refuse(format!("the server belongs to the deployment {deployment}, not to {}", stamp.deployment));
+        if found.deployment != stamp.deployment {
+            let (theirs, ours) = (found.deployment, stamp.deployment);
+            return refuse(format!("the server belongs to the deployment {theirs}, not to {ours}"));
         }
-        if name != shard {
-            return refuse(format!("the server is the shard {name} already; one server cannot be two shards"));
+        if found.shard != own {
+            return refuse(format!("the server is the shard {} already; one server cannot be two", found.shard));
         }
-        match version.parse::<u64>().unwrap_or(0).cmp(&stamp.map_version) {
-            std::cmp::Ordering::Greater => refuse(format!(
-                "the shard map here has version {}, the server knows version {version}",
-                stamp.map_version
-            )),
-            std::cmp::Ordering::Equal if *map != stamp.map => refuse(format!(
-                "two shard maps have version {version}: here {}, on the server {map}; raise the version of the new one",
-                stamp.map
-            )),
-            _ => Ok(()),
+        let (theirs, ours) = (found.map_version, stamp.map_version);
+        if theirs > ours {
+            return refuse(format!("the shard map here has version {ours}, the server knows version {theirs}"));
         }
+        if theirs == ours && found.map != stamp.map {
+            return refuse(format!(
+                "two shard maps have version {ours}: here {}, on the server {}; raise the version of the new one",
+                stamp.map, found.map
+            ));
+        }
+        Ok(())
     }
 
     pub(super) async fn read_health(&self) -> Result<Health> {
@@ -109,6 +128,13 @@ impl Redis {
             _ => Err(Failure::unreadable(&self.name).into_error(&self.name)),
         }
     }
+}
+
+/// A stamp from its four fields; `None` where they are not there.
+fn read_stamp(value: Value) -> Option<Stamp> {
+    let mut fields = texts(value).into_iter().map(|raw| String::from_utf8_lossy(&raw).into_owned());
+    let (deployment, shard, version) = (fields.next()?, fields.next()?, fields.next()?);
+    Some(Stamp { deployment, shard, map_version: version.parse().ok()?, map: fields.next()? })
 }
 
 /// The texts of a flat answer, whatever its shape.
