@@ -166,15 +166,14 @@ impl Clients {
     /// Ends a wait; false when the client is not blocked.
     pub fn unblock(&self, id: u64, how: Unblock) -> bool {
         let blocked = self.peers.get(&id).is_some_and(|peer| peer.blocked.load(Ordering::Relaxed));
-        blocked && self.signal(id, |peer| peer.unblock.store(if how == Unblock::Timeout { 1 } else { 2 }, Ordering::Relaxed))
+        blocked
+            && self
+                .signal(id, |peer| peer.unblock.store(if how == Unblock::Timeout { 1 } else { 2 }, Ordering::Relaxed))
     }
 
-    /// Closes every connection: the end of a drain.
-    pub fn kill_all(&self) {
-        for peer in self.peers.iter() {
-            peer.killed.store(true, Ordering::Relaxed);
-            peer.waker.wake();
-        }
+    /// Lets every session look at what has changed for all of them.
+    pub fn wake_all(&self) {
+        self.peers.iter().for_each(|peer| peer.waker.wake());
     }
 
     fn signal(&self, id: u64, leave: impl FnOnce(&Peer)) -> bool {

@@ -745,6 +745,30 @@ impl Config {
         }
     }
 
+    /// Who may connect: names and passwords.
+    pub fn users(&self) -> Vec<(String, String)> {
+        self.auth.user.iter().map(|user| (user.name.clone(), user.password.reveal().to_owned())).collect()
+    }
+
+    /// The settings as `CONFIG GET` shows them, by their path in the file, without secrets.
+    pub fn shown(&self) -> Vec<(String, String)> {
+        let mut shown = Vec::new();
+        let mut tables = vec![(String::new(), Table::try_from(self.clone()).unwrap_or_default())];
+        while let Some((prefix, table)) = tables.pop() {
+            for (key, value) in table {
+                match value {
+                    Value::Table(table) => tables.push((format!("{prefix}{key}."), table)),
+                    // Shards have GOFLOW.SHARDS, and users are nobody's business.
+                    Value::Array(_) => {}
+                    Value::String(text) => shown.push((format!("{prefix}{key}"), text)),
+                    value => shown.push((format!("{prefix}{key}"), value.to_string())),
+                }
+            }
+        }
+        shown.sort();
+        shown
+    }
+
     /// What shards go by.
     pub fn rules(&self) -> Rules {
         Rules {

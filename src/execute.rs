@@ -75,15 +75,21 @@ impl From<Result<Reply>> for Done {
     }
 }
 
-pub type Later = Pin<Box<dyn Future<Output = Done>>>;
+pub type Later = Pin<Box<dyn Future<Output = Done> + Send>>;
 
 /// An answer that is there, or on its way.
 pub enum Answer {
     Done(Done),
     /// One op in one lane; requests behind it go on.
-    Outcome { outcome: oneshot::Receiver<Result<Outcome>>, shape: Shape },
+    Outcome {
+        outcome: oneshot::Receiver<Result<Outcome>>,
+        shape: Shape,
+    },
     /// One lease in one lane; requests behind it go on.
-    Lease { leased: oneshot::Receiver<Result<Leased>>, many: bool },
+    Lease {
+        leased: oneshot::Receiver<Result<Leased>>,
+        many: bool,
+    },
     /// Several steps; requests behind it wait.
     Later(Later),
     /// The same, and it waits for something that may never come: it ends when the client goes away or is unblocked.
@@ -93,9 +99,16 @@ pub enum Answer {
 /// How an outcome becomes a reply.
 pub enum Shape {
     /// The id of one new job; with the flag a job that holds the key is an error.
-    Placed { shard: Arc<str>, nx: bool },
+    Placed {
+        shard: Arc<str>,
+        nx: bool,
+    },
     Count,
-    Render { render: Render, queue: Name, shard: Arc<str> },
+    Render {
+        render: Render,
+        queue: Name,
+        shard: Arc<str>,
+    },
 }
 
 impl Shape {
@@ -127,7 +140,11 @@ fn unexpected(outcome: &Outcome) -> Error {
 }
 
 fn lane_gone() -> Error {
-    Error { code: Code::ShardDown, text: "the shard is shutting down; the write may have happened".into(), happened: Happened::Maybe }
+    Error {
+        code: Code::ShardDown,
+        text: "the shard is shutting down; the write may have happened".into(),
+        happened: Happened::Maybe,
+    }
 }
 
 /// The text of the id that an enqueue answers with.
@@ -294,9 +311,10 @@ fn lanes_of(dequeue: &Dequeue, map: &ShardMap) -> Result<Vec<Arc<Lane>>> {
     if dequeue.shards.is_empty() {
         return Ok(map.lanes.clone());
     }
-    let named = dequeue.shards.iter().map(|name| {
-        map.lane(name).cloned().ok_or_else(|| Error::bad(format!("no shard is named '{name}' here")))
-    });
+    let named = dequeue
+        .shards
+        .iter()
+        .map(|name| map.lane(name).cloned().ok_or_else(|| Error::bad(format!("no shard is named '{name}' here"))));
     named.collect()
 }
 

@@ -1,18 +1,21 @@
 //! What all sessions of the process share, and the answers that the process gives about itself.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::clients::Clients;
 use crate::clock;
+use crate::command::admin::Totals;
 use crate::command::{Ask, Limits};
 use crate::dispatch::Dispatcher;
 use crate::error::{Code, Error, Result};
-use crate::execute::{Answer, Done};
+use crate::execute::Answer;
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::Bounds;
+use crate::shard::{Action, Op, Outcome};
 
 /// The version of Redis whose commands and replies clients may expect here.
 pub const REDIS_VERSION: &str = "7.2.0";
@@ -67,6 +70,8 @@ pub struct Process {
     pub listen_port: u16,
     /// What `CONFIG GET` shows: names and values of the settings.
     pub settings: Vec<(String, String)>,
+    /// The process is about to end: waits are cut short and connections closed when their answers are out.
+    pub draining: AtomicBool,
     pub bytes_in: AtomicU64,
     pub bytes_out: AtomicU64,
 }
@@ -92,6 +97,10 @@ impl Process {
                 let process = self.clone();
                 Answer::Later(Box::pin(async move { process.queues().await.into() }))
             }
+            Ask::Totals => {
+                let process = self.clone();
+                Answer::Later(Box::pin(async move { process.totals().await.into() }))
+            }
             Ask::Shards => Answer::reply(self.shards()),
             Ask::Drain { shard, draining } => Answer::Done(self.drain(&shard, draining).into()),
             Ask::Info { sections } => Answer::reply(Reply::bulk(self.info(&sections))),
@@ -106,7 +115,7 @@ impl Process {
 
     /// The queues of all shards that answer; an error only when none does.
     async fn queues(&self) -> Result<Reply> {
-        let (mut names, mut failure, mut answered) = (std::collections::BTreeSet::new(), None, false);
+        let (mut names, mut failure, mut answered) = (BTreeSet::new(), None, false);
         for lane in &self.dispatcher.map().lanes {
             match lane.shard().queues().await {
                 Ok(queues) => {
@@ -120,6 +129,25 @@ impl Process {
             Some(error) if !answered => Err(error),
             _ => Ok(Reply::Array(names.iter().map(|name| Reply::bulk(name.as_str())).collect())),
         }
+    }
+
+    /// Every queue of every shard that answers.
+    async fn totals(&self) -> Result<Reply> {
+        let map = self.dispatcher.map();
+        let mut totals = Totals { shards: map.lanes.len() as u64, ..Totals::default() };
+        let mut names = BTreeSet::new();
+        for lane in &map.lanes {
+            for queue in lane.shard().queues().await? {
+                let stats = Op { queue: queue.clone(), action: Action::Stats };
+                lane.room().await?;
+                if let Ok(Ok(Outcome::Stats(stats))) = lane.submit(stats, 0).await {
+                    totals.add(&stats);
+                }
+                names.insert(queue);
+            }
+        }
+        totals.queues = names.len() as u64;
+        Ok(totals.reply(Reply::Null))
     }
 
     fn shards(&self) -> Reply {
@@ -151,9 +179,13 @@ impl Process {
 
     fn drain(&self, shard: &str, draining: bool) -> Result<Reply> {
         let lane = self.dispatcher.lane(shard)?;
-        let others = self.dispatcher.map().lanes.iter().any(|other| other.index() != lane.index() && !other.is_draining());
+        let others =
+            self.dispatcher.map().lanes.iter().any(|other| other.index() != lane.index() && !other.is_draining());
         if draining && !others {
-            return Err(Error::new(Code::Err, "this is the last shard that takes new jobs; undrain or add another first"));
+            return Err(Error::new(
+                Code::Err,
+                "this is the last shard that takes new jobs; undrain or add another first",
+            ));
         }
         lane.set_draining(draining);
         Ok(Reply::OK)
@@ -170,7 +202,7 @@ impl Process {
             ("replica-read-only", "yes"),
             ("slave-read-only", "yes"),
         ];
-        let limit = self.bounds.bulk_bytes_max.to_string();
+        let limit = self.bounds.word_bytes_max.to_string();
         let known = fixed
             .iter()
             .copied()
@@ -183,7 +215,10 @@ impl Process {
     /// `INFO` in Redis's form: what stock clients look for, and a section of our own.
     fn info(&self, sections: &[String]) -> String {
         let wants = |name: &str| {
-            sections.is_empty() || sections.iter().any(|section| matches!(section.as_str(), "all" | "everything" | "default") || section == name)
+            sections.is_empty()
+                || sections
+                    .iter()
+                    .any(|section| matches!(section.as_str(), "all" | "everything" | "default") || section == name)
         };
         let mut text = String::new();
         let mut section = |name: &str, lines: &[(&str, String)]| {
@@ -196,37 +231,49 @@ impl Process {
             }
         };
         let uptime = self.started_at.elapsed().as_secs();
-        section("Server", &[
-            ("redis_version", REDIS_VERSION.into()),
-            ("redis_mode", "standalone".into()),
-            ("os", std::env::consts::OS.into()),
-            ("arch_bits", usize::BITS.to_string()),
-            ("process_id", std::process::id().to_string()),
-            ("tcp_port", self.listen_port.to_string()),
-            ("server_time_usec", (clock::now() * 1000).to_string()),
-            ("uptime_in_seconds", uptime.to_string()),
-            ("uptime_in_days", (uptime / 86_400).to_string()),
-        ]);
-        section("Clients", &[
-            ("connected_clients", self.clients.count().to_string()),
-            ("blocked_clients", self.clients.blocked().to_string()),
-        ]);
+        section(
+            "Server",
+            &[
+                ("redis_version", REDIS_VERSION.into()),
+                ("redis_mode", "standalone".into()),
+                ("os", std::env::consts::OS.into()),
+                ("arch_bits", usize::BITS.to_string()),
+                ("process_id", std::process::id().to_string()),
+                ("tcp_port", self.listen_port.to_string()),
+                ("server_time_usec", (clock::now() * 1000).to_string()),
+                ("uptime_in_seconds", uptime.to_string()),
+                ("uptime_in_days", (uptime / 86_400).to_string()),
+            ],
+        );
+        section(
+            "Clients",
+            &[
+                ("connected_clients", self.clients.count().to_string()),
+                ("blocked_clients", self.clients.blocked().to_string()),
+            ],
+        );
         section("Persistence", &[("loading", "0".into()), ("async_loading", "0".into())]);
-        section("Stats", &[
-            ("total_connections_received", self.clients.accepted.load(Ordering::Relaxed).to_string()),
-            ("total_net_input_bytes", self.bytes_in.load(Ordering::Relaxed).to_string()),
-            ("total_net_output_bytes", self.bytes_out.load(Ordering::Relaxed).to_string()),
-        ]);
+        section(
+            "Stats",
+            &[
+                ("total_connections_received", self.clients.accepted.load(Ordering::Relaxed).to_string()),
+                ("total_net_input_bytes", self.bytes_in.load(Ordering::Relaxed).to_string()),
+                ("total_net_output_bytes", self.bytes_out.load(Ordering::Relaxed).to_string()),
+            ],
+        );
         section("Replication", &[("role", "master".into()), ("connected_slaves", "0".into())]);
         section("Cluster", &[("cluster_enabled", "0".into())]);
         let map = self.dispatcher.map();
-        section("GoFlow", &[
-            ("goflow_version", env!("CARGO_PKG_VERSION").into()),
-            ("strategy", self.dispatcher.strategy().word().into()),
-            ("map_version", map.version.to_string()),
-            ("shards", map.lanes.len().to_string()),
-            ("shards_down", map.lanes.iter().filter(|lane| lane.is_down()).count().to_string()),
-        ]);
+        section(
+            "GoFlow",
+            &[
+                ("goflow_version", env!("CARGO_PKG_VERSION").into()),
+                ("strategy", self.dispatcher.strategy().word().into()),
+                ("map_version", map.version.to_string()),
+                ("shards", map.lanes.len().to_string()),
+                ("shards_down", map.lanes.iter().filter(|lane| lane.is_down()).count().to_string()),
+            ],
+        );
         section("Keyspace", &[]);
         text
     }
@@ -262,9 +309,15 @@ mod tests {
 
     #[test]
     fn names_of_settings_match_as_in_redis() {
-        for (pattern, text, matches) in
-            [("*", "", true), ("max*", "maxmemory", true), ("*policy", "maxmemory-policy", true), ("save", "SAVE", true), ("s?ve", "sve", false), ("a*b*c", "aXbXbc", true), ("", "a", false)]
-        {
+        for (pattern, text, matches) in [
+            ("*", "", true),
+            ("max*", "maxmemory", true),
+            ("*policy", "maxmemory-policy", true),
+            ("save", "SAVE", true),
+            ("s?ve", "sve", false),
+            ("a*b*c", "aXbXbc", true),
+            ("", "a", false),
+        ] {
             assert_eq!(glob(pattern.as_bytes(), text.as_bytes()), matches, "{pattern} on {text}");
         }
     }
@@ -273,7 +326,9 @@ mod tests {
     fn only_the_right_user_and_password_pass() {
         let auth = Auth { users: vec![("default".into(), "secret".into()), ("bob".into(), "b".into())] };
         assert!(auth.check(b"default", b"secret").is_ok() && auth.check(b"bob", b"b").is_ok());
-        for (user, password) in [(&b"bob"[..], &b"secret"[..]), (b"default", b"secre"), (b"", b""), (b"default", b"secrets")] {
+        for (user, password) in
+            [(&b"bob"[..], &b"secret"[..]), (b"default", b"secre"), (b"", b""), (b"default", b"secrets")]
+        {
             assert_eq!(auth.check(user, password).unwrap_err().code, Code::WrongPass);
         }
         assert!(Auth::default().check(b"default", b"x").is_err());

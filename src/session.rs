@@ -79,7 +79,7 @@ struct Session<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     fn new(socket: S, peer: Arc<Peer>, process: Arc<Process>) -> Session<S> {
         let authenticated = !process.auth.is_needed();
-        let bounds = if authenticated { process.bounds } else { Bounds::before_auth() };
+        let bounds = if authenticated { process.bounds } else { Bounds::UNAUTHENTICATED };
         Session {
             socket,
             asker: Asker { session: peer.id, block_ms_max: process.limits.block_ms_max },
@@ -108,6 +108,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             if self.peer.is_killed() {
                 return Poll::Ready(Ok(()));
             }
+            if self.process.draining.load(Ordering::Relaxed) {
+                self.closing = true;
+            }
             self.resolve(context);
             self.start_requests();
             // A request that was answered at once is written in the same round.
@@ -135,7 +138,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             && let Some(pending) = self.pending.front_mut()
         {
             let waits = matches!(pending.answer, Answer::Waiting(_));
-            if waits && let Some(how) = self.peer.take_unblock() {
+            let unblock = self.closing.then_some(Unblock::Timeout).or_else(|| self.peer.take_unblock());
+            if waits && let Some(how) = unblock {
                 pending.answer = Answer::reply(match how {
                     Unblock::Timeout => Reply::NullArray,
                     Unblock::Error => Reply::RawError("UNBLOCKED client unblocked via CLIENT UNBLOCK".into()),
@@ -173,7 +177,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             && !self.pending.back().is_some_and(|pending| pending.answer.holds_back())
         {
             let mut words = std::mem::take(&mut self.words);
-            words.clear();
             match self.parser.next(&mut self.input, &mut words) {
                 Ok(Parsed::Request) => self.start(&words),
                 Ok(Parsed::Incomplete) => {
@@ -181,7 +184,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                     return;
                 }
                 Err(error) => {
-                    self.push(Answer::reply(Reply::RawError(error.to_string().into())));
+                    self.push(Answer::reply(error.reply()));
                     self.closing = true;
                 }
             }
@@ -316,6 +319,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         self.peer.set_labels(|labels| labels.name = Bytes::new());
         self.reply_mode = ReplyMode::On;
         self.authenticated = !self.process.auth.is_needed();
+        self.parser.set_bounds(if self.authenticated { self.process.bounds } else { Bounds::UNAUTHENTICATED });
         Reply::Simple("RESET")
     }
 
@@ -354,7 +358,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             return Poll::Pending;
         }
         if self.input.capacity() - self.input.len() < READ_MIN / 2 {
-            self.input.reserve(self.read_size);
+            self.input.reserve(self.read_size.max(self.parser.room_wanted(self.input.len())));
         }
         let room = self.input.capacity() - self.input.len();
         match pin!(self.socket.read_buf(&mut self.input)).poll(context) {

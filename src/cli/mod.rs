@@ -17,6 +17,7 @@ use crate::config::{Config, Override};
 pub mod bench;
 pub mod check;
 pub mod healthcheck;
+pub mod serve;
 pub mod worker;
 
 /// Bad usage or configuration; `EX_USAGE` of sysexits.h.

@@ -23,7 +23,7 @@ use tokio::sync::{Notify, oneshot};
 use super::waiting::Ticket;
 use crate::error::{Code, Error, Happened, Result};
 use crate::job::{Delivery, Lease, Name, TOKEN_MAX};
-use crate::shard::{Action, Applied, Effect, Op, Outcome, Shard};
+use crate::shard::{Action, Applied, Effect, Op, Outcome, Shard, Stamp};
 
 /// Most jobs in one batch; one operation larger than this goes alone.
 const BATCH_JOBS_MAX: usize = 512;
@@ -145,7 +145,12 @@ pub struct Lane {
     name: Arc<str>,
     index: usize,
     shard: Arc<dyn Shard>,
+    stamp: Stamp,
     mailbox: Mutex<Mailbox>,
+    /// A batch is on its way.
+    applying: AtomicBool,
+    /// The shard bears our stamp; asked again after it was down, since another server may stand in its place then.
+    claimed: AtomicBool,
     bell: Notify,
     room: Notify,
     /// Jobs that wait or run, per queue: as the last answer said, plus what was sent since.
@@ -154,7 +159,7 @@ pub struct Lane {
 }
 
 impl Lane {
-    pub fn new(name: Arc<str>, index: usize, shard: Arc<dyn Shard>) -> Arc<Lane> {
+    pub fn new(name: Arc<str>, index: usize, shard: Arc<dyn Shard>, stamp: Stamp) -> Arc<Lane> {
         let vitals = Vitals {
             down: AtomicBool::new(false),
             draining: AtomicBool::new(false),
@@ -168,7 +173,10 @@ impl Lane {
             name,
             index,
             shard,
+            stamp,
             mailbox: Mutex::default(),
+            applying: AtomicBool::new(false),
+            claimed: AtomicBool::new(false),
             bell: Notify::new(),
             room: Notify::new(),
             loads: DashMap::with_hasher(RandomState::default()),
@@ -284,6 +292,20 @@ impl Lane {
         self.bell.notify_one();
     }
 
+    /// Makes sure that the shard is ours before anything is written to it.
+    pub async fn claim(&self) -> Result<()> {
+        if !self.claimed.load(Ordering::Relaxed) {
+            self.shard.claim(self.stamp.clone()).await?;
+            self.claimed.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Whether nothing waits and nothing is on its way.
+    pub fn is_idle(&self) -> bool {
+        self.mail().parcels.is_empty() && !self.applying.load(Ordering::Acquire)
+    }
+
     /// Serves the lane until the process ends.
     pub async fn run(self: Arc<Lane>) {
         let lane = self.clone();
@@ -292,6 +314,7 @@ impl Lane {
         loop {
             line.collect();
             let batch = line.batch();
+            line.lane.applying.store(!batch.is_empty(), Ordering::Release);
             if batch.is_empty() {
                 line.idle().await;
             } else {
@@ -511,7 +534,14 @@ impl Line {
         }
         let count = ops.len();
         let asked_at = Instant::now();
-        let Applied { outcomes, effects } = self.lane.shard.apply(ops, None).await;
+        let Applied { outcomes, effects } = match self.lane.claim().await {
+            Ok(()) => self.lane.shard.apply(ops, None).await,
+            Err(error) if error.code == Code::ShardDown => Applied::failed(count, &error),
+            Err(error) => {
+                let why = format!("is not used: {}", error.text);
+                Applied::failed(count, &Error::shard_down(&self.lane.name, &why, Happened::No))
+            }
+        };
         self.note_vitals(count, asked_at.elapsed(), &outcomes);
         // Effects first: they say whether there is more for the tickets that are answered below.
         for effect in effects {
@@ -617,6 +647,7 @@ impl Line {
             return;
         };
         vitals.errors.fetch_add(1, Ordering::Relaxed);
+        self.lane.claimed.store(false, Ordering::Relaxed);
         if !self.lane.vitals.down.swap(true, Ordering::Relaxed) {
             tracing::warn!(shard = %self.lane.name, %error, "shard is down");
         }

@@ -11,7 +11,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::error::{Code, Error, Result};
 use crate::job::Name;
-use crate::shard::Shard;
+use crate::shard::{Shard, Stamp};
 use lane::Lane;
 use router::{Candidates, Ring, Strategy};
 
@@ -20,6 +20,15 @@ pub struct ShardEntry {
     pub name: Arc<str>,
     pub weight: u32,
     pub shard: Arc<dyn Shard>,
+}
+
+/// What proxies must agree on before they share shards.
+#[derive(Clone, Debug)]
+pub struct MapStamp {
+    pub deployment: String,
+    pub version: u64,
+    /// The map in one line: what decides where a job goes.
+    pub line: String,
 }
 
 /// The shards of a deployment in the order of their configuration, under one version.
@@ -75,11 +84,24 @@ pub struct Dispatcher {
 
 impl Dispatcher {
     /// A dispatcher over at least one shard. The lanes must be run ([`Lane::run`]) by the caller.
-    pub fn new(shards: Vec<ShardEntry>, version: u64, strategy: Strategy) -> Dispatcher {
+    pub fn new(shards: Vec<ShardEntry>, map: MapStamp, strategy: Strategy) -> Dispatcher {
+        let version = map.version;
+        let stamp = |name: &str| Stamp {
+            deployment: map.deployment.clone(),
+            shard: name.into(),
+            map_version: version,
+            map: map.line.clone(),
+        };
         let ring = Ring::new(shards.iter().map(|entry| (&*entry.name, entry.weight)));
         let weights = shards.iter().map(|entry| entry.weight).collect();
-        let lanes =
-            shards.into_iter().enumerate().map(|(index, entry)| Lane::new(entry.name, index, entry.shard)).collect();
+        let lanes = shards
+            .into_iter()
+            .enumerate()
+            .map(|(index, entry)| {
+                let stamp = stamp(&entry.name);
+                Lane::new(entry.name, index, entry.shard, stamp)
+            })
+            .collect();
         Dispatcher { map: RwLock::new(Arc::new(ShardMap { version, lanes, weights, ring })), strategy }
     }
 

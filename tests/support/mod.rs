@@ -15,7 +15,11 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 /// How long anything that must happen may take. Generous: it decides when a test gives up, not whether it passes.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+/// `GOFLOW_PATIENCE_S` for runs of another size.
+pub fn patience() -> Duration {
+    let seconds = std::env::var("GOFLOW_PATIENCE_S").ok().and_then(|text| text.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(20))
+}
 
 /// Evaluates an expression again and again until it is `Some`, and yields what it holds; panics with the message when
 /// patience ends. The one place where tests poll.
@@ -27,8 +31,12 @@ macro_rules! eventually {
             if let Some(found) = $probe {
                 break found;
             }
-            assert!(began.elapsed() < $crate::support::PATIENCE, "it did not come to pass that {}", $what);
-            std::thread::sleep(std::time::Duration::from_millis(2));
+            assert!(began.elapsed() < $crate::support::patience(), "it did not come to pass that {}", $what);
+            // The longer it takes, the less often it is looked at.
+            std::thread::sleep((began.elapsed() / 50).clamp(
+                std::time::Duration::from_millis(2),
+                std::time::Duration::from_millis(200),
+            ));
         }
     }};
 }

@@ -10,7 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, PoisonError, mpsc};
 use std::time::Instant;
 
-use super::PATIENCE;
+use super::patience;
 
 /// What to start, and where.
 #[derive(Clone, Debug)]
@@ -122,7 +122,7 @@ impl Log {
 
     /// Waits for a line that holds `needle` and returns the first one.
     pub fn wait_for(&self, needle: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(line) = lines.iter().find(|line| line.contains(needle)) {

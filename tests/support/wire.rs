@@ -4,7 +4,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
-use super::PATIENCE;
+use super::patience;
 
 /// One reply as it stood on the wire.
 #[derive(Clone, Debug, PartialEq)]
@@ -80,7 +80,7 @@ impl Wire {
     pub fn connect(address: &str) -> Wire {
         let stream = crate::eventually!(format!("{address} accepts"), TcpStream::connect(address).ok());
         stream.set_nodelay(true).unwrap();
-        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(patience())).unwrap();
         Wire { stream, unread: Vec::new() }
     }
 
@@ -88,7 +88,7 @@ impl Wire {
     pub fn try_connect(address: &str) -> Option<Wire> {
         let stream = TcpStream::connect(address).ok()?;
         stream.set_nodelay(true).ok()?;
-        stream.set_write_timeout(Some(PATIENCE)).ok()?;
+        stream.set_write_timeout(Some(patience())).ok()?;
         Some(Wire { stream, unread: Vec::new() })
     }
 
@@ -119,7 +119,7 @@ impl Wire {
 
     /// Reads one reply; panics when none comes.
     pub fn read(&mut self) -> Value {
-        self.try_read(PATIENCE).unwrap_or_else(|why| panic!("no reply: {why:?}; unread: {:?}", self.unread))
+        self.try_read(patience()).unwrap_or_else(|why| panic!("no reply: {why:?}; unread: {:?}", self.unread))
     }
 
     pub fn try_read(&mut self, within: Duration) -> Result<Value, NoReply> {
@@ -135,7 +135,7 @@ impl Wire {
 
     /// Reads one line as it is, without its end.
     pub fn read_line(&mut self) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         loop {
             if let Some((line, len)) = line(&self.unread) {
                 let text = String::from_utf8_lossy(line).into_owned();
@@ -148,7 +148,7 @@ impl Wire {
 
     /// Reads until the other side closes and returns what came before.
     pub fn read_to_close(&mut self) -> Vec<u8> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience();
         loop {
             match self.fill(deadline) {
                 Ok(()) => {}

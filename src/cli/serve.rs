@@ -1,0 +1,79 @@
+//! `goflow serve`: a checked configuration becomes a running server.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Config, LogFormat, ShardUrl};
+use crate::dispatch::{MapStamp, ShardEntry};
+use crate::process::Auth;
+use crate::server::{self, Setup};
+use crate::shard::Shard;
+use crate::shard::embedded::Embedded;
+use crate::shard::memory::Memory;
+
+/// Serves until a signal ends it.
+pub fn run(config: Config) -> ExitCode {
+    start_log(&config);
+    let served = shards(&config).and_then(|shards| {
+        server::serve(setup(&config, shards)).map_err(|error| error.to_string())
+    });
+    match served {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("goflow: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The log goes to standard error; a filter that does not parse was refused with the configuration.
+fn start_log(config: &Config) {
+    let filter = EnvFilter::try_new(&config.log.level).unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log.format {
+        LogFormat::Text => log.with_ansi(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+/// Opens the shards of the configuration. Servers need not be up; directories must be ours alone.
+pub fn shards(config: &Config) -> Result<Vec<ShardEntry>, String> {
+    let mut entries = Vec::new();
+    for shard in &config.shard {
+        let mut add = |name: &str, shard_: Arc<dyn Shard>| {
+            entries.push(ShardEntry { name: name.into(), weight: shard.weight, shard: shard_ });
+        };
+        match &shard.url {
+            ShardUrl::Memory => add(&shard.name, Arc::new(Memory::new(config.rules()))),
+            ShardUrl::Embedded { dir } => {
+                let opened = Embedded::open(dir, config.rules());
+                add(&shard.name, Arc::new(opened.map_err(|error| format!("shard {}: {error}", shard.name))?));
+            }
+            _ => return Err("servers".into()),
+        }
+    }
+    Ok(entries)
+}
+
+fn setup(config: &Config, shards: Vec<ShardEntry>) -> Setup {
+    Setup {
+        listen: config.listen,
+        threads: config.threads(),
+        connections_max: config.limits.connections_max,
+        keepalive: config.timeouts.keepalive(),
+        drain: config.timeouts.drain(),
+        shards,
+        map: MapStamp {
+            deployment: config.deployment.clone(),
+            version: config.map_version,
+            line: config.shard_map_line(),
+        },
+        strategy: config.strategy,
+        limits: config.command_limits(),
+        bounds: config.bounds(),
+        auth: Auth { users: config.users() },
+        settings: config.shown(),
+    }
+}

@@ -1,0 +1,223 @@
+//! Wires the process together and runs it: threads, listeners, lanes, signals, and the end.
+//!
+//! Each thread has a runtime, a listener (`SO_REUSEPORT`) and its sessions of its own; lane `i` runs on thread `i mod n`.
+//! Order of the start: shards are asked for their stamps (one that refuses ends the start, one that is down does not),
+//! sockets are bound, lanes run, sockets listen and are announced. Order of the end, on SIGTERM or SIGINT: no further
+//! connection is accepted, waiting clients are answered, replies are finished and connections closed, lanes run empty;
+//! what is left after the drain time is cut off. A second signal ends at once.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Protocol as SocketProtocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::clients::Clients;
+use crate::command::Limits;
+use crate::dispatch::router::Strategy;
+use crate::dispatch::{Dispatcher, MapStamp, ShardEntry};
+use crate::error::{Code, Error};
+use crate::process::{Auth, Process};
+use crate::resp::request::Bounds;
+use crate::session;
+
+/// Pending connections of one listener.
+const BACKLOG: i32 = 4_096;
+/// How long the start waits for shards to say whose they are.
+const CLAIM_WAIT: Duration = Duration::from_secs(3);
+
+/// Everything that a checked configuration decides.
+pub struct Setup {
+    pub listen: SocketAddr,
+    pub threads: usize,
+    pub connections_max: usize,
+    /// `None`: the kernel's own.
+    pub keepalive: Option<Duration>,
+    pub drain: Duration,
+    pub shards: Vec<ShardEntry>,
+    pub map: MapStamp,
+    pub strategy: Strategy,
+    pub limits: Limits,
+    pub bounds: Bounds,
+    pub auth: Auth,
+    pub settings: Vec<(String, String)>,
+}
+
+/// Serves until a signal ends it. An error says why it could not start.
+pub fn serve(setup: Setup) -> io::Result<()> {
+    let listeners = bind_all(setup.listen, setup.threads)?;
+    let address = listeners.first().map_or(Ok(setup.listen), |listener| listener.local_addr())?;
+    let dispatcher = Dispatcher::new(setup.shards, setup.map, setup.strategy);
+    let process = Arc::new(Process {
+        dispatcher: Arc::new(dispatcher),
+        limits: Arc::new(setup.limits),
+        bounds: setup.bounds,
+        auth: setup.auth,
+        clients: Clients::default(),
+        started_at: Instant::now(),
+        listen_port: address.port(),
+        settings: setup.settings,
+        draining: false.into(),
+        bytes_in: 0.into(),
+        bytes_out: 0.into(),
+    });
+    let options = SocketOptions { connections_max: setup.connections_max, keepalive: setup.keepalive };
+    let (stop, stopped) = watch::channel(false);
+    let mut threads = Vec::new();
+    let (ready, claimed) = std::sync::mpsc::channel();
+    for (number, listener) in listeners.into_iter().enumerate() {
+        let (process, mut stopped, ready) = (process.clone(), stopped.clone(), ready.clone());
+        let count = setup.threads;
+        let body = move || -> io::Result<()> {
+            let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+            runtime.block_on(async {
+                let own_lanes =
+                    process.dispatcher.map().lanes.clone().into_iter().filter(|lane| lane.index() % count == number);
+                for lane in own_lanes {
+                    let _ = ready.send(tokio::time::timeout(CLAIM_WAIT, lane.claim()).await);
+                    tokio::spawn(lane.run());
+                }
+                drop(ready);
+                let listener = TcpListener::from_std(listener)?;
+                tokio::select! {
+                    () = accept(listener, &process, options) => {}
+                    _ = stopped.wait_for(|stopped| *stopped) => {}
+                }
+                // The runtime lives on for its sessions and lanes until the main thread ends the process.
+                std::future::pending::<()>().await;
+                Ok(())
+            })
+        };
+        threads.push(std::thread::Builder::new().name(format!("goflow-{number}")).spawn(body)?);
+    }
+    drop(ready);
+    for claim in claimed {
+        match claim {
+            Ok(Err(error)) if error.code != Code::ShardDown => return Err(io::Error::other(error.to_string())),
+            Ok(Err(error)) => tracing::warn!(%error, "starting without a shard"),
+            Ok(Ok(())) => {}
+            Err(_) => tracing::warn!("starting without a shard that did not answer in time"),
+        }
+    }
+    eprintln!("goflow {} listening on {address}", env!("CARGO_PKG_VERSION"));
+    eprintln!("try: redis-cli -h {} -p {} GOFLOW.ENQUEUE main hello", address.ip(), address.port());
+    runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+        wait_for_signal().await?;
+        tracing::info!("draining");
+        let _ = stop.send(true);
+        tokio::select! {
+            () = drained(&process, setup.drain) => {}
+            result = wait_for_signal() => result?,
+        }
+        tracing::info!("stopped");
+        Ok(())
+    })
+}
+
+async fn wait_for_signal() -> io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// Ends the sessions in order, then lets the lanes run empty; gives up after `limit`.
+async fn drained(process: &Process, limit: Duration) {
+    process.draining.store(true, Ordering::Relaxed);
+    process.clients.wake_all();
+    let all = async {
+        let mut look = tokio::time::interval(Duration::from_millis(5));
+        while process.clients.count() > 0 || process.dispatcher.map().lanes.iter().any(|lane| !lane.is_idle()) {
+            look.tick().await;
+        }
+    };
+    if tokio::time::timeout(limit, all).await.is_err() {
+        tracing::warn!(connections = process.clients.count(), "drain time is up; cutting off what is left");
+    }
+}
+
+/// One listener for each thread on the same address; with port 0 the first decides the port.
+fn bind_all(address: SocketAddr, threads: usize) -> io::Result<Vec<std::net::TcpListener>> {
+    let mut address = address;
+    let mut listeners = Vec::with_capacity(threads);
+    for number in 0..threads {
+        // The first binds without sharing, so that a second process on the same port is refused rather than mixed in.
+        let listener = bind(address, number > 0)
+            .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {address}: {error}")))?;
+        address = listener.local_addr()?;
+        listeners.push(listener);
+    }
+    Ok(listeners)
+}
+
+fn bind(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener> {
+    if !shared {
+        // Only a probe: it fails where another process listens, and is gone before the shared sockets are bound.
+        drop(open_socket(address, false)?);
+    }
+    open_socket(address, true)
+}
+
+fn open_socket(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(SocketProtocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if shared {
+        socket.set_reuse_port(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    Ok(socket.into())
+}
+
+#[derive(Clone, Copy)]
+struct SocketOptions {
+    connections_max: usize,
+    keepalive: Option<Duration>,
+}
+
+async fn accept(listener: TcpListener, process: &Arc<Process>, options: SocketOptions) {
+    loop {
+        let (socket, address) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, mostly: what is open goes on, and accepting rests a little.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        if process.clients.count() >= options.connections_max {
+            let _ = socket.try_write(b"-ERR max number of clients reached\r\n");
+            continue;
+        }
+        if let Err(error) = prepare(&socket, options) {
+            tracing::debug!(%error, "connection was gone before it began");
+            continue;
+        }
+        let local = socket.local_addr().map_or_else(|_| String::new(), |local| local.to_string());
+        let peer = process.clients.register(address.to_string(), local);
+        tokio::spawn(session::serve(socket, peer, process.clone()));
+    }
+}
+
+fn prepare(socket: &TcpStream, options: SocketOptions) -> io::Result<()> {
+    socket.set_nodelay(true)?;
+    let Some(after) = options.keepalive else { return Ok(()) };
+    SockRef::from(socket).set_tcp_keepalive(&TcpKeepalive::new().with_time(after).with_interval(after / 3))
+}
+
+impl From<Error> for io::Error {
+    fn from(error: Error) -> io::Error {
+        io::Error::other(error.to_string())
+    }
+}
