@@ -419,6 +419,24 @@ const EXPECTED_URLS: &str = "embedded:DIR, memory:, redis://HOST:PORT, rediss://
      redis+sentinel://HOST:PORT,HOST:PORT/SERVICE or redis+cluster://HOST:PORT,HOST:PORT?partitions=N";
 
 /// The URL without its password.
+impl ShardUrl {
+    /// The URL with its user and password, percent-encoded, for whoever connects; [`fmt::Display`] leaves them out.
+    pub fn with_login(&self) -> String {
+        let shown = self.to_string();
+        let encode = |text: &str| -> String {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+            text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+        };
+        let user = self.login().and_then(|login| login.user.as_deref()).unwrap_or_default();
+        match (shown.split_once("://"), self.login().and_then(|login| login.password.as_ref())) {
+            (Some((scheme, rest)), Some(password)) => {
+                format!("{scheme}://{}:{}@{rest}", encode(user), encode(password.reveal()))
+            }
+            _ => shown,
+        }
+    }
+}
+
 impl fmt::Display for ShardUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let list = |hosts: &[Host]| hosts.iter().map(Host::to_string).collect::<Vec<_>>().join(",");

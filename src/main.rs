@@ -10,7 +10,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     match cli::parse() {
         Ok(Command::Serve(config)) => cli::serve::run(*config),
-        Ok(Command::Check(config)) => cli::check::run(&config),
+        Ok(Command::Check(config)) => cli::check::run(&config, cli::serve::shards),
         Ok(Command::Bench(options)) => cli::bench::run(&options),
         Ok(Command::Healthcheck(options)) => cli::healthcheck::run(&options),
         Err(exit) => exit.report(),

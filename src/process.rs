@@ -134,7 +134,8 @@ impl Process {
     /// Every queue of every shard that answers.
     async fn totals(&self) -> Result<Reply> {
         let map = self.dispatcher.map();
-        let mut totals = Totals { shards: map.lanes.len() as u64, ..Totals::default() };
+        let mut totals = Totals::default();
+        totals.shards = map.lanes.len() as u64;
         let mut names = BTreeSet::new();
         for lane in &map.lanes {
             for queue in lane.shard().queues().await? {

@@ -10,8 +10,7 @@ use crate::dispatch::{MapStamp, ShardEntry};
 use crate::process::Auth;
 use crate::server::{self, Setup};
 use crate::shard::Shard;
-use crate::shard::embedded::Embedded;
-use crate::shard::memory::Memory;
+use crate::shard::redis::{Redis, Timeouts};
 
 /// Serves until a signal ends it.
 pub fn run(config: Config) -> ExitCode {
@@ -46,12 +45,15 @@ pub fn shards(config: &Config) -> Result<Vec<ShardEntry>, String> {
             entries.push(ShardEntry { name: name.into(), weight: shard.weight, shard: shard_ });
         };
         match &shard.url {
-            ShardUrl::Memory => add(&shard.name, Arc::new(Memory::new(config.rules()))),
-            ShardUrl::Embedded { dir } => {
-                let opened = Embedded::open(dir, config.rules());
-                add(&shard.name, Arc::new(opened.map_err(|error| format!("shard {}: {error}", shard.name))?));
+            ShardUrl::Memory | ShardUrl::Embedded {..} => return Err("nope".into()),
+            url => {
+                let timeouts = Timeouts { connect: config.timeouts.connect(), answer: config.timeouts.answer() };
+                let opened = Redis::open(&url.with_login(), &shard.name, config.rules(), timeouts);
+                for part in opened.map_err(|error| format!("shard {}: {error}", shard.name))? {
+                    let name = part.name().to_owned();
+                    add(&name, Arc::new(part));
+                }
             }
-            _ => return Err("servers".into()),
         }
     }
     Ok(entries)
