@@ -10,14 +10,15 @@ use crate::dispatch::{MapStamp, ShardEntry};
 use crate::process::Auth;
 use crate::server::{self, Setup};
 use crate::shard::Shard;
+use crate::shard::embedded::Embedded;
+use crate::shard::memory::Memory;
 use crate::shard::redis::{Redis, Timeouts};
 
 /// Serves until a signal ends it.
 pub fn run(config: Config) -> ExitCode {
     start_log(&config);
-    let served = shards(&config).and_then(|shards| {
-        server::serve(setup(&config, shards)).map_err(|error| error.to_string())
-    });
+    let served =
+        shards(&config).and_then(|shards| server::serve(setup(&config, shards)).map_err(|error| error.to_string()));
     match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -45,7 +46,11 @@ pub fn shards(config: &Config) -> Result<Vec<ShardEntry>, String> {
             entries.push(ShardEntry { name: name.into(), weight: shard.weight, shard: shard_ });
         };
         match &shard.url {
-            ShardUrl::Memory | ShardUrl::Embedded {..} => return Err("nope".into()),
+            ShardUrl::Memory => add(&shard.name, Arc::new(Memory::new(config.rules()))),
+            ShardUrl::Embedded { dir } => {
+                let opened = Embedded::open(dir, config.rules());
+                add(&shard.name, Arc::new(opened.map_err(|error| format!("shard {}: {error}", shard.name))?));
+            }
             url => {
                 let timeouts = Timeouts { connect: config.timeouts.connect(), answer: config.timeouts.answer() };
                 let opened = Redis::open(&url.with_login(), &shard.name, config.rules(), timeouts);

@@ -59,7 +59,7 @@ impl ShardMap {
 }
 
 impl Candidates for ShardMap {
-    fn len(&self) -> usize {
+    fn count(&self) -> usize {
         self.lanes.len()
     }
     fn weight(&self, shard: usize) -> u32 {

@@ -94,7 +94,7 @@ fn mix(mut z: u64) -> u64 {
 
 /// What the strategies look at, by the index of the shard.
 pub trait Candidates {
-    fn len(&self) -> usize;
+    fn count(&self) -> usize;
     fn weight(&self, shard: usize) -> u32;
     /// Whether the shard takes new jobs now: it is up and not draining.
     fn takes_jobs(&self, shard: usize) -> bool;
@@ -113,7 +113,7 @@ thread_local! {
 
 /// The shard for a new job without a home; `None` when no shard takes jobs.
 pub fn place(strategy: Strategy, ring: &Ring, queue: &Name, shards: &impl Candidates) -> Option<usize> {
-    if shards.len() == 1 {
+    if shards.count() == 1 {
         return (!shards.is_draining(0)).then_some(0);
     }
     match strategy {
@@ -121,7 +121,7 @@ pub fn place(strategy: Strategy, ring: &Ring, queue: &Name, shards: &impl Candid
         // share and answers SHARDDOWN (law 10); one that drains passes its share on.
         Strategy::Hash => {
             let mut random = rand::rng();
-            let open = (0..shards.len()).any(|at| !shards.is_draining(at));
+            let open = (0..shards.count()).any(|at| !shards.is_draining(at));
             open.then(|| {
                 loop {
                     let at = ring.home_of_hash(random.random());
@@ -138,7 +138,7 @@ pub fn place(strategy: Strategy, ring: &Ring, queue: &Name, shards: &impl Candid
 
 /// Every shard in turn, as often as its weight, from a random start; shards that take no jobs are stepped over.
 fn round_robin(queue: &Name, shards: &impl Candidates) -> Option<usize> {
-    let total: u64 = (0..shards.len()).map(|at| u64::from(shards.weight(at))).sum();
+    let total: u64 = (0..shards.count()).map(|at| u64::from(shards.weight(at))).sum();
     POSITIONS.with_borrow_mut(|positions| {
         if positions.len() >= POSITIONS_MAX && !positions.contains_key(queue) {
             positions.clear();
@@ -160,14 +160,14 @@ fn round_robin(queue: &Name, shards: &impl Candidates) -> Option<usize> {
 
 /// The shard of one step of the round: the steps of a heavy shard are spread over the round, not in a row.
 fn interleaved(step: u64, total: u64, shards: &impl Candidates) -> usize {
-    if total == shards.len() as u64 {
+    if total == shards.count() as u64 {
         return step as usize;
     }
     // 2^32 / golden ratio steps through the round; with an odd multiplier every step comes once when the total is a power
     // of two, and nearly evenly otherwise.
     let spread = step.wrapping_mul(0x9E37_79B1) % total;
     let mut left = if gcd(0x9E37_79B1 % total, total) == 1 { spread } else { step };
-    for at in 0..shards.len() {
+    for at in 0..shards.count() {
         let weight = u64::from(shards.weight(at));
         if left < weight {
             return at;
@@ -184,7 +184,7 @@ fn gcd(a: u64, b: u64) -> u64 {
 /// The less loaded, by weight, of two shards drawn at random (Mitzenmacher, "The power of two choices", 2001). A shard
 /// of unknown load counts as equal to the other, so it is neither flooded nor starved.
 fn least_loaded(queue: &Name, shards: &impl Candidates) -> Option<usize> {
-    let open: Vec<usize> = (0..shards.len()).filter(|at| shards.takes_jobs(*at)).collect();
+    let open: Vec<usize> = (0..shards.count()).filter(|at| shards.takes_jobs(*at)).collect();
     match open.len() {
         0 => None,
         1 => Some(open[0]),
@@ -209,7 +209,7 @@ mod tests {
     struct Fixed(Vec<(u32, bool, Option<u64>)>);
 
     impl Candidates for Fixed {
-        fn len(&self) -> usize {
+        fn count(&self) -> usize {
             self.0.len()
         }
         fn weight(&self, shard: usize) -> u32 {
@@ -236,9 +236,9 @@ mod tests {
 
     fn shares(strategy: Strategy, shards: &Fixed, rounds: usize) -> Vec<usize> {
         let ring = Ring::new(
-            ["a", "b", "c", "d"].iter().take(shards.len()).enumerate().map(|(at, n)| (*n, shards.weight(at))),
+            ["a", "b", "c", "d"].iter().take(shards.count()).enumerate().map(|(at, n)| (*n, shards.weight(at))),
         );
-        let mut shares = vec![0; shards.len()];
+        let mut shares = vec![0; shards.count()];
         for _ in 0..rounds {
             shares[place(strategy, &ring, &queue(), shards).unwrap()] += 1;
         }

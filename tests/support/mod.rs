@@ -33,10 +33,10 @@ macro_rules! eventually {
             }
             assert!(began.elapsed() < $crate::support::patience(), "it did not come to pass that {}", $what);
             // The longer it takes, the less often it is looked at.
-            std::thread::sleep((began.elapsed() / 50).clamp(
-                std::time::Duration::from_millis(2),
-                std::time::Duration::from_millis(200),
-            ));
+            std::thread::sleep(
+                (began.elapsed() / 50)
+                    .clamp(std::time::Duration::from_millis(2), std::time::Duration::from_millis(200)),
+            );
         }
     }};
 }

@@ -132,6 +132,11 @@ impl Redis {
         Ok(redis)
     }
 
+    /// Its name: that of the URL's entry, with `/n` where it is a partition.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     fn new(home: Arc<Home>, name: &str, rules: Rules, timeouts: Timeouts) -> Redis {
         let name: Arc<str> = name.into();
         let partition = home.partitions().map(|_| name.clone());
