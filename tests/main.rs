@@ -5,6 +5,8 @@
 mod deploy;
 /// What hostile clients send is taken as Redis takes it; parser and scanner meet any bytes.
 mod frames;
+/// Nothing that was acknowledged is lost, whoever is killed.
+mod loss;
 /// protocol.md is what the command table says, and its examples are true.
 mod reference;
 /// Real processes, a raw client, and waiting without sleeping.
