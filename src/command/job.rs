@@ -882,8 +882,8 @@ fn written(buffer: &mut [u8; 96], write: impl FnOnce(&mut &mut [u8])) -> &[u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::command::plan;
     use crate::command::tests::{context, planned, refused, request};
-    use crate::command::{find, plan};
     use crate::job::Spec as Job;
 
     fn enqueued(line: &str) -> Enqueue {
@@ -1159,29 +1159,5 @@ mod tests {
         let longest = "x".repeat(48);
         delivery.lease = Lease { seq: crate::job::PLACE_MAX - 1, token: crate::job::TOKEN_MAX - 1 };
         put_delivery(&mut BytesMut::new(), &delivery, &queue, &longest, Protocol::Resp2);
-    }
-
-    /// What finding and planning costs; run by hand: `cargo test --release --lib -- --ignored --nocapture cost_of`.
-    #[test]
-    #[ignore = "a measurement"]
-    fn the_cost_of_planning() {
-        let context = context();
-        for line in [
-            "GOFLOW.ENQUEUE main hello",
-            "goflow.dequeue main",
-            "GOFLOW.ACK main 2s.1k~s1",
-            "GOFLOW.ENQUEUE main hello TYPE mail PRIORITY 5",
-        ] {
-            let request = request(line);
-            let began = std::time::Instant::now();
-            for _ in 0..1_000_000 {
-                std::hint::black_box(find(std::hint::black_box(&request)).is_ok());
-            }
-            let found = began.elapsed();
-            for _ in 0..1_000_000 {
-                std::hint::black_box(plan(std::hint::black_box(&request), &context).is_ok());
-            }
-            println!("{line}: find {} ns, all {} ns", found.as_millis(), (began.elapsed() - found).as_millis());
-        }
     }
 }
