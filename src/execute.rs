@@ -101,6 +101,8 @@ pub enum Shape {
     /// The id of one new job; with the flag a job that holds the key is an error.
     Placed {
         shard: Arc<str>,
+        /// The id that the client chose for it.
+        id: Option<Bytes>,
         nx: bool,
     },
     Count,
@@ -116,8 +118,8 @@ impl Shape {
         match (self, outcome) {
             (_, Outcome::LeaseLost) => Err(lease_lost()),
             (_, Outcome::NoSuchJob) => Err(no_such_job()),
-            (Shape::Placed { shard, nx }, Outcome::Enqueued(placed)) => {
-                placed.into_iter().next().map_or(Ok(Reply::Null), |placed| placed_id(placed, shard, *nx))
+            (Shape::Placed { shard, id, nx }, Outcome::Enqueued(placed)) => {
+                placed.into_iter().next().map_or(Ok(Reply::Null), |placed| placed_id(placed, id.clone(), shard, *nx))
             }
             (Shape::Count, Outcome::Count(count)) => Ok(Reply::count(count)),
             (Shape::Render { render, queue, shard }, outcome) => Ok(render(outcome, queue, shard)),
@@ -148,9 +150,9 @@ fn lane_gone() -> Error {
 }
 
 /// The text of the id that an enqueue answers with.
-fn placed_id(placed: Placed, shard: &str, nx: bool) -> Result<Reply> {
+fn placed_id(placed: Placed, id: Option<Bytes>, shard: &str, nx: bool) -> Result<Reply> {
     let (seq, chosen, held) = match placed {
-        Placed::Added(seq) => (seq, None, false),
+        Placed::Added(seq) => (seq, id, false),
         Placed::Held { seq, chosen } => (seq, chosen, true),
     };
     let id = chosen.unwrap_or_else(|| {
@@ -247,12 +249,12 @@ fn start_enqueue(enqueue: Enqueue, dispatcher: &Arc<Dispatcher>, asker: Asker) -
         }
         (None, None, None) => dispatcher.place(&queue)?,
     };
-    let count = payloads.len();
+    let (count, id) = (payloads.len(), policy.id.clone());
     let op = Op { queue, action: Action::Enqueue { policy, payloads, start } };
     if many {
         return Ok(start_enqueue_many(vec![(lane, op, count)], asker));
     }
-    let shape = Shape::Placed { shard: lane.name().clone(), nx };
+    let shape = Shape::Placed { shard: lane.name().clone(), id, nx };
     Ok(submit(&lane, op, shape, asker))
 }
 
@@ -289,7 +291,7 @@ fn start_enqueue_many(parts: Vec<(Arc<Lane>, Op, usize)>, asker: Asker) -> Answe
             match outcome {
                 Ok(Outcome::Enqueued(placed)) => {
                     added = true;
-                    let ids = placed.into_iter().map(|placed| placed_id(placed, lane.name(), false));
+                    let ids = placed.into_iter().map(|placed| placed_id(placed, None, lane.name(), false));
                     replies.extend(ids.map(|id| id.unwrap_or_else(Reply::Error)));
                 }
                 outcome => {
