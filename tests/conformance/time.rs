@@ -252,7 +252,7 @@ async fn a_clock_that_steps_back_loses_nothing_and_is_never_negative(keeper: &Ke
     trial.now -= 50_000;
     trial.tick().await;
     assert_eq!(trial.effect().due_in, Some(LEASE_MS + 50_000), "a lease may get longer");
-    let seq = trial.enqueue_as(with_ttl(10), "behind").await;
+    let seq = trial.enqueue("behind").await;
     assert_eq!(trial.fail(lease).await, Outcome::State(JobState::Scheduled));
     assert_eq!(trial.job(lease.seq).await.due_at, Some(trial.now + 1000));
     assert_eq!(payloads(&trial.lease(1).await), ["behind"]);
