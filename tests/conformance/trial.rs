@@ -98,10 +98,10 @@ impl Keeper {
         }
     }
 
-    /// What must hold after a case whatever it was about: no script touched a key that it did not declare.
-    pub fn check(&self) {
-        let seen: usize = self.guards.lock().unwrap().iter_mut().map(KeyGuard::check).sum();
-        assert!(self.servers().is_empty() || seen > 0, "the guard saw no script");
+    /// What must hold after a case whatever it was about: no script touched a key that it did not declare. Returns how many
+    /// commands of scripts that was seen of.
+    pub fn check(&self) -> usize {
+        self.guards.lock().unwrap().iter_mut().map(KeyGuard::check).sum()
     }
 }
 
