@@ -1,12 +1,18 @@
 //! The integration tests: one binary, one module for each kind of promise.
 #![allow(clippy::unwrap_used, reason = "a test that meets what it did not expect should stop there")]
 
+/// Every shard keeps every sentence of the contract, on every kind of server.
+mod conformance;
 /// What is under deploy/ fits this program and the programs that read it.
 mod deploy;
 /// What hostile clients send is taken as Redis takes it; parser and scanner meet any bytes.
 mod frames;
 /// Nothing that was acknowledged is lost, whoever is killed.
 mod loss;
+/// Random operations on each shard and on the pure rules at once give the same outcomes.
+mod model;
+/// What a shard answered is there after a SIGKILL.
+mod recovery;
 /// protocol.md is what the command table says, and its examples are true.
 mod reference;
 /// Real processes, a raw client, and waiting without sleeping.

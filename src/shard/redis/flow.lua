@@ -89,6 +89,20 @@ local function ack()
   local ended = pack('>I6', M.ended + 1)
   local over = pack('>I6', now)
   local i, n = 0, 0
+  local function finish()
+    if n > 0 then
+      send('ZREM', LEASED, done)
+      send('HSET', STATE, changes)
+      send('RPUSH', COMPLETED, done)
+      if M.completed_kept + M.cancelled_kept + M.expired_kept == 0 then
+        M.keep_until = now + keep_ms
+      end
+      M.ended = M.ended + 1
+      M.leased = M.leased - n
+      M.completed = M.completed + n
+      M.completed_kept = M.completed_kept + n
+    end
+  end
   for group = 1, #groups, 4 do
     local result = ARGV[at]
     at = at + 1
@@ -107,24 +121,17 @@ local function ack()
           mark = '1'
         else
           rules = rules or make_rules()
+          -- Those before it were over before it.
+          finish()
+          changes, done, n = {}, {}, 0
           mark = rules.ack_late(seqs[j], state, result)
+          ended = pack('>I6', M.ended + 1)
         end
       end
       counted[j] = mark
       i = j
     end
   end
-  if n > 0 then
-    send('ZREM', LEASED, done)
-    send('HSET', STATE, changes)
-    send('RPUSH', COMPLETED, done)
-    if M.completed_kept + M.cancelled_kept + M.expired_kept == 0 then
-      M.keep_until = now + keep_ms
-    end
-    M.ended = M.ended + 1
-    M.leased = M.leased - n
-    M.completed = M.completed + n
-    M.completed_kept = M.completed_kept + n
-  end
+  finish()
   return table.concat(counted)
 end

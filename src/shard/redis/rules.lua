@@ -401,7 +401,8 @@ function make_rules()
   function rules.trim()
     local over = M.completed_kept + M.cancelled_kept + M.expired_kept - keep_jobs
     local excess = math.min(math.max(over, 0), bulk_max)
-    local heads, last = {}, text(excess > 0 and excess or bulk_max)
+    -- While none is too old, no more than the excess and the one that is then the oldest need be looked at.
+    local heads, last = {}, text(M.keep_until > now and excess or bulk_max)
     for state, key in pairs(KEPT) do
       if M[KEPT_COUNT[state]] > 0 then
         local seqs = call('LRANGE', key, '0', last)
