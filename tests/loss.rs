@@ -50,7 +50,8 @@ impl Crowd {
                 _ => (on_path("node").unwrap(), "loss.js"),
             };
             let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients").join(script);
-            let words = [role.to_owned(), log.display().to_string(), addresses.into(), "main".into(), count.to_string(), name];
+            let words =
+                [role.to_owned(), log.display().to_string(), addresses.into(), "main".into(), count.to_string(), name];
             Process::start(&Program {
                 path: program,
                 args: std::iter::once(script.into_os_string()).chain(words.into_iter().map(Into::into)).collect(),
@@ -137,7 +138,9 @@ fn settle(mut crowd: Crowd, proxy: &Goflow, jobs: usize) {
         held.sort_unstable();
         inside += held.windows(2).filter(|pair| pair[1].0 < pair[0].1).count();
     }
-    println!("{enqueued} acknowledged, {deliveries} deliveries, lost 0, after a confirmed ack {again}, two inside one lease {inside}");
+    println!(
+        "{enqueued} acknowledged, {deliveries} deliveries, lost 0, after a confirmed ack {again}, two inside one lease {inside}"
+    );
     assert_eq!((again, inside), (0, 0));
 }
 
