@@ -159,7 +159,7 @@ fn the_embedded_store_has_what_it_answered_after_a_sigkill() {
     let program = Program {
         path: std::env::current_exe().unwrap(),
         args: args.map(Into::into).to_vec(),
-        env: env.map(|(name, path)| (name.into(), path.to_string_lossy().into_owned())).to_vec(),
+        env: env.map(|(name, path)| (name.into(), path.into())).to_vec(),
         dir: dir.path().to_owned(),
     };
     for _ in 0..5 {

@@ -17,7 +17,7 @@ use super::patience;
 pub struct Program {
     pub path: PathBuf,
     pub args: Vec<OsString>,
-    pub env: Vec<(String, String)>,
+    pub env: Vec<(String, OsString)>,
     pub dir: PathBuf,
 }
 
