@@ -342,7 +342,7 @@ OK",
                 categories, tips, key specifications, subcommands.",
         examples: "\
 > COMMAND
-1) ...
+ 1) ...
 ...",
         plan: describe::all,
         ..COMMAND

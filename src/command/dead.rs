@@ -21,7 +21,7 @@ pub static ROWS: &[Spec] = &[
     Spec {
         examples: "\
 > GOFLOW.DLQ HELP
-1) \"GOFLOW.DLQ <subcommand> [<arg> [value] [opt] ...]. Subcommands are:\"
+ 1) \"GOFLOW.DLQ <subcommand> [<arg> [value] [opt] ...]. Subcommands are:\"
 ...",
         ..Spec::container("GOFLOW.DLQ", Group::DeadLetters, "0.1.0", "The dead letter queue of a queue.")
     },
