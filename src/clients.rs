@@ -23,6 +23,8 @@ pub struct Peer {
     pub labels: Mutex<Labels>,
     pub resp3: AtomicBool,
     pub blocked: AtomicBool,
+    /// It has asked for jobs.
+    pub is_worker: AtomicBool,
     /// Seconds since `connected_at` of the last request.
     active_at: AtomicU64,
     pub commands: AtomicU64,
@@ -128,6 +130,7 @@ impl Clients {
             labels: Mutex::default(),
             resp3: AtomicBool::new(false),
             blocked: AtomicBool::new(false),
+            is_worker: AtomicBool::new(false),
             active_at: AtomicU64::new(0),
             commands: AtomicU64::new(0),
             last_command: Mutex::new("NULL"),
@@ -149,6 +152,10 @@ impl Clients {
 
     pub fn blocked(&self) -> usize {
         self.peers.iter().filter(|peer| peer.blocked.load(Ordering::Relaxed)).count()
+    }
+
+    pub fn workers(&self) -> usize {
+        self.peers.iter().filter(|peer| peer.is_worker.load(Ordering::Relaxed)).count()
     }
 
     /// The lines of `CLIENT LIST`, by number.

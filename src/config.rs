@@ -91,6 +91,18 @@ pub struct LogConfig {
     #[serde(deserialize_with = "log_level")]
     pub level: String,
     pub format: LogFormat,
+    /// Commands that take longer are named in the log, waits apart; 0 is none.
+    #[serde(deserialize_with = "within::<_, _, 0, 3_600_000>")]
+    pub slow_ms: Millis,
+}
+
+impl LogConfig {
+    pub fn slow(&self) -> Duration {
+        match self.slow_ms {
+            0 => Duration::MAX,
+            ms => Duration::from_millis(ms),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -103,7 +115,7 @@ pub enum LogFormat {
 
 impl Default for LogConfig {
     fn default() -> Self {
-        LogConfig { level: "info".into(), format: LogFormat::Text }
+        LogConfig { level: "info".into(), format: LogFormat::Text, slow_ms: 200 }
     }
 }
 

@@ -23,6 +23,7 @@ pub mod dispatch;
 pub mod error;
 pub mod execute;
 pub mod forward;
+pub mod http;
 pub mod job;
 pub mod metrics;
 pub mod process;

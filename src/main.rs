@@ -12,7 +12,7 @@ fn main() -> ExitCode {
         Ok(Command::Serve(config)) => cli::serve::run(*config),
         Ok(Command::Check(config)) => cli::check::run(&config, cli::serve::shards),
         Ok(Command::Bench(options)) => cli::bench::run(&options),
-        Ok(Command::Worker(options)) => cli::worker::run(*options),
+        Ok(Command::Worker(options)) => cli::worker::run(&options),
         Ok(Command::Healthcheck(options)) => cli::healthcheck::run(&options),
         Err(exit) => exit.report(),
     }

@@ -5,8 +5,8 @@
 //! ([`Metrics::queue`], asked once for each queue of a batch). No payload, id or secret is ever a label.
 //!
 //! Two kinds of figures. *Own* ones say what this process did or holds; over many proxies they add up. *Shared* ones are read from
-//! a shard ([`Sampled`]), and only the proxy that holds the shard's sampling lease shows them, so that they add up too. Those
-//! of a shard that was not sampled lately are left out rather than shown old.
+//! a shard ([`Sampled`]), and only the proxy that holds the shard's sampling lease shows them, so that they add up too. They are
+//! shown until that lease ends and not longer.
 //!
 //! A new metric is a line in the list and its use; the dashboard, the alert rules and the tests read the list.
 
@@ -33,8 +33,6 @@ pub use text::Format;
 pub const QUEUES_MAX: usize = 64;
 /// The label of all queues beyond the bound; a queue of this name is counted with them.
 pub const OTHER: &str = "other";
-/// A sample older than this is not shown: another proxy shows a newer one, or nobody knows.
-pub const SAMPLE_AGE_MAX: Duration = Duration::from_secs(15);
 
 /// From a tenth of a millisecond: what a request takes.
 const REQUEST_SECONDS: &[f64] =
@@ -355,8 +353,8 @@ impl Metrics {
         }
     }
 
-    /// Shows what one pass over a shard's queues found.
-    pub fn publish(&self, shard: &str, sample: ShardSample) {
+    /// Shows what one pass over a shard's queues found, until another proxy may show it.
+    pub fn publish(&self, shard: &str, sample: ShardSample, until: Instant) {
         // Only a queue with something in it takes a label from the bounded ones.
         let named = |queue: &Name, sample: &QueueSample| {
             sample.is_busy() && !Arc::ptr_eq(&self.queue(queue), &self.other_queues)
@@ -367,8 +365,20 @@ impl Metrics {
             let label = if known || named(queue, sample) { queue.as_str() } else { OTHER };
             queues.entry(label.into()).or_default().add(sample);
         }
-        let shown = Shown { taken_at: Instant::now(), queues_seen: sample.queues.len() as u64, queues };
+        let shown = Shown { until, queues_seen: sample.queues.len() as u64, queues };
         self.sampled.shards().insert(shard.into(), shown);
+    }
+
+    /// What is shown of the shard may be shown until then.
+    pub fn show_until(&self, shard: &str, until: Instant) {
+        if let Some(shown) = self.sampled.shards().get_mut(shard) {
+            shown.until = until;
+        }
+    }
+
+    /// Whether this process shows the shard's figures.
+    pub fn shows(&self, shard: &str) -> bool {
+        self.sampled.shards().get(shard).is_some_and(|shown| Instant::now() < shown.until)
     }
 
     /// Another proxy shows this shard from now on.
@@ -423,7 +433,7 @@ pub struct ShardSample {
 }
 
 struct Shown {
-    taken_at: Instant,
+    until: Instant,
     queues_seen: u64,
     queues: BTreeMap<Box<str>, QueueSample>,
 }
@@ -475,7 +485,7 @@ impl Collector for SampledFamilies {
 
     fn collect(&self) -> Vec<MetricFamily> {
         let mut shards = self.0.shards();
-        shards.retain(|_, shown| shown.taken_at.elapsed() < SAMPLE_AGE_MAX);
+        shards.retain(|_, shown| Instant::now() < shown.until);
         let mut queues: BTreeMap<&str, QueueSample> = BTreeMap::new();
         for (label, sample) in shards.values().flat_map(|shown| &shown.queues) {
             queues.entry(label).or_default().add(sample);
@@ -534,6 +544,10 @@ mod tests {
         Name::parse(text.as_bytes()).unwrap()
     }
 
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
     fn metrics() -> Metrics {
         Metrics::new(["PING", "GOFLOW.ENQUEUE"]).unwrap()
     }
@@ -546,6 +560,7 @@ mod tests {
         metrics.publish(
             "s1",
             ShardSample { queues: vec![(name("q"), QueueSample { ready: 1, ..QueueSample::default() })] },
+            soon(),
         );
         let shown = metrics.render(Format::Prometheus);
         for declared in ALL {
@@ -569,7 +584,7 @@ mod tests {
             metrics.queue(&queue).enqueued.inc();
             sample.queues.push((queue, QueueSample { ready: 1, ..QueueSample::default() }));
         }
-        metrics.publish("s1", sample);
+        metrics.publish("s1", sample, soon());
         let shown = metrics.render(Format::Prometheus);
         let series = |family: &str| shown.lines().filter(|line| line.starts_with(&format!("{family}{{"))).count();
         assert_eq!(series("goflow_jobs_enqueued_total"), QUEUES_MAX + 1);
@@ -583,7 +598,7 @@ mod tests {
     fn a_queue_that_is_empty_takes_no_label() {
         let metrics = metrics();
         let idle = (0..10_000).map(|number| (name(&format!("idle{number}")), QueueSample::default()));
-        metrics.publish("s1", ShardSample { queues: idle.collect() });
+        metrics.publish("s1", ShardSample { queues: idle.collect() }, soon());
         metrics.queue(&name("busy")).enqueued.inc();
         assert!(metrics.render(Format::Prometheus).contains("goflow_jobs_enqueued_total{queue=\"busy\"} 1"));
     }
@@ -594,9 +609,12 @@ mod tests {
         metrics.publish(
             "s1",
             ShardSample { queues: vec![(name("q"), QueueSample { ready: 7, ..QueueSample::default() })] },
+            soon(),
         );
         assert!(metrics.render(Format::Prometheus).contains("goflow_queue_depth{queue=\"q\"} 7"));
         metrics.retract("s1");
         assert!(!metrics.render(Format::Prometheus).contains("goflow_queue_depth{queue"));
+        metrics.publish("s1", ShardSample { queues: vec![(name("q"), QueueSample::default())] }, Instant::now());
+        assert!(!metrics.render(Format::Prometheus).contains("goflow_queue_depth{queue"), "its time is over");
     }
 }

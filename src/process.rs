@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::clients::Clients;
 use crate::clock;
@@ -13,6 +13,7 @@ use crate::command::{Ask, Limits};
 use crate::dispatch::Dispatcher;
 use crate::error::{Code, Error, Result};
 use crate::execute::Answer;
+use crate::metrics::Metrics;
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::Bounds;
 use crate::shard::{Action, Op, Outcome};
@@ -74,6 +75,48 @@ pub struct Process {
     pub draining: AtomicBool,
     pub bytes_in: AtomicU64,
     pub bytes_out: AtomicU64,
+    pub metrics: Arc<Metrics>,
+    pub pulse: Pulse,
+    /// A command that takes longer, waits apart, is named in the log.
+    pub slow: Duration,
+    /// One scrape at a time takes over what is counted elsewhere.
+    pub scraping: Mutex<()>,
+}
+
+/// How long a thread may be silent before it counts as hanging.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+
+/// Whether the runtime threads still turn: each says so once a second.
+pub struct Pulse {
+    since: Instant,
+    /// Milliseconds after `since` of each thread's last beat.
+    beats: Vec<AtomicU64>,
+}
+
+impl Pulse {
+    pub fn new(threads: usize) -> Pulse {
+        Pulse { since: Instant::now(), beats: (0..threads).map(|_| AtomicU64::new(0)).collect() }
+    }
+
+    fn now(&self) -> u64 {
+        self.since.elapsed().as_millis() as u64
+    }
+
+    /// Beats for one thread as long as its runtime does.
+    pub async fn beat(&self, thread: usize) {
+        let mut second = tokio::time::interval(Duration::from_secs(1));
+        while let Some(beat) = self.beats.get(thread) {
+            second.tick().await;
+            beat.store(self.now(), Ordering::Relaxed);
+        }
+    }
+
+    /// The numbers of the threads that were not heard of for too long.
+    pub fn silent_threads(&self) -> Vec<usize> {
+        let since = self.now().saturating_sub(SILENCE_MAX.as_millis() as u64);
+        let beats = self.beats.iter().enumerate();
+        beats.filter(|(_, beat)| beat.load(Ordering::Relaxed) < since).map(|(thread, _)| thread).collect()
+    }
 }
 
 impl Process {
@@ -88,6 +131,29 @@ impl Process {
             (Reply::text("role"), Reply::text("master")),
             (Reply::text("modules"), Reply::Array(Vec::new())),
         ])
+    }
+
+    /// Brings the metrics up to date that nobody counts on the way.
+    pub fn show_metrics(&self) {
+        let metrics = &self.metrics;
+        let _one_at_a_time = self.scraping.lock().unwrap_or_else(PoisonError::into_inner);
+        for (shown, counted) in [
+            (&metrics.connections_accepted, &self.clients.accepted),
+            (&metrics.bytes_received, &self.bytes_in),
+            (&metrics.bytes_sent, &self.bytes_out),
+        ] {
+            shown.inc_by(counted.load(Ordering::Relaxed).saturating_sub(shown.get()));
+        }
+        metrics.connections.set(self.clients.count() as i64);
+        metrics.clients_blocked.set(self.clients.blocked() as i64);
+        metrics.workers_active.set(self.clients.workers() as i64);
+        metrics.draining.set(i64::from(self.draining.load(Ordering::Relaxed)));
+        for lane in &self.dispatcher.map().lanes {
+            let shard = metrics.shard(lane.name());
+            shard.up.set(i64::from(!lane.is_down()));
+            shard.draining.set(i64::from(lane.is_draining()));
+            shard.sampled.set(i64::from(metrics.shows(lane.name())));
+        }
     }
 
     /// Answers a question to the process.

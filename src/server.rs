@@ -19,11 +19,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::clients::Clients;
-use crate::command::Limits;
+use crate::command::{self, Limits};
 use crate::dispatch::router::Strategy;
-use crate::dispatch::{Dispatcher, MapStamp, ShardEntry};
+use crate::dispatch::{Dispatcher, MapStamp, ShardEntry, sampler};
 use crate::error::{Code, Error};
-use crate::process::{Auth, Process};
+use crate::http;
+use crate::metrics::Metrics;
+use crate::process::{Auth, Process, Pulse};
 use crate::resp::request::Bounds;
 use crate::session;
 
@@ -35,6 +37,8 @@ const CLAIM_WAIT: Duration = Duration::from_secs(3);
 /// Everything that a checked configuration decides.
 pub struct Setup {
     pub listen: SocketAddr,
+    /// Where metrics, health and the HTTP API are, if anywhere.
+    pub http: Option<SocketAddr>,
     pub threads: usize,
     pub connections_max: usize,
     /// `None`: the kernel's own.
@@ -47,12 +51,16 @@ pub struct Setup {
     pub bounds: Bounds,
     pub auth: Auth,
     pub settings: Vec<(String, String)>,
+    pub slow: Duration,
 }
 
 /// Serves until a signal ends it. An error says why it could not start.
 pub fn serve(setup: Setup) -> io::Result<()> {
     let listeners = bind_all(setup.listen, setup.threads)?;
     let address = listeners.first().map_or(Ok(setup.listen), |listener| listener.local_addr())?;
+    let http_listener = setup.http.map(http::bind).transpose()?;
+    let names = command::rows().iter().map(|row| row.spec.name);
+    let metrics = Arc::new(Metrics::new(names).map_err(io::Error::other)?);
     let dispatcher = Dispatcher::new(setup.shards, setup.map, setup.strategy);
     let process = Arc::new(Process {
         dispatcher: Arc::new(dispatcher),
@@ -66,13 +74,19 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         draining: false.into(),
         bytes_in: 0.into(),
         bytes_out: 0.into(),
+        metrics,
+        pulse: Pulse::new(setup.threads),
+        slow: setup.slow,
+        scraping: Default::default(),
     });
     let options = SocketOptions { connections_max: setup.connections_max, keepalive: setup.keepalive };
     let (stop, stopped) = watch::channel(false);
     let mut threads = Vec::new();
     let (ready, claimed) = std::sync::mpsc::channel();
+    let holder: Arc<str> = format!("{:016x}", rand::random::<u64>()).into();
     for (number, listener) in listeners.into_iter().enumerate() {
         let (process, mut stopped, ready) = (process.clone(), stopped.clone(), ready.clone());
+        let holder = holder.clone();
         let count = setup.threads;
         let body = move || -> io::Result<()> {
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
@@ -81,9 +95,12 @@ pub fn serve(setup: Setup) -> io::Result<()> {
                     process.dispatcher.map().lanes.clone().into_iter().filter(|lane| lane.index() % count == number);
                 for lane in own_lanes {
                     let _ = ready.send(tokio::time::timeout(CLAIM_WAIT, lane.claim()).await);
-                    tokio::spawn(lane.run());
+                    tokio::spawn(sampler::run(lane.clone(), process.metrics.clone(), holder.clone()));
+                    tokio::spawn(lane.run(process.metrics.clone()));
                 }
                 drop(ready);
+                let beating = process.clone();
+                tokio::spawn(async move { beating.pulse.beat(number).await });
                 let listener = TcpListener::from_std(listener)?;
                 tokio::select! {
                     () = accept(listener, &process, options) => {}
@@ -106,6 +123,9 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         }
     }
     eprintln!("goflow {} listening on {address}", env!("CARGO_PKG_VERSION"));
+    if let Some(listener) = http_listener {
+        serve_http(listener, process.clone())?;
+    }
     eprintln!("try: redis-cli -h {} -p {} GOFLOW.ENQUEUE main hello", address.ip(), address.port());
     runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         wait_for_signal().await?;
@@ -118,6 +138,20 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         tracing::info!("stopped");
         Ok(())
     })
+}
+
+/// On a thread of its own, so that neither waits for the other.
+fn serve_http(listener: std::net::TcpListener, process: Arc<Process>) -> io::Result<()> {
+    let address = listener.local_addr()?;
+    let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+    let body = move || {
+        if let Err(error) = runtime.block_on(http::serve(listener, process)) {
+            tracing::error!(%error, "HTTP is not served any more");
+        }
+    };
+    std::thread::Builder::new().name("goflow-http".into()).spawn(body)?;
+    eprintln!("goflow {} http listening on {address}", env!("CARGO_PKG_VERSION"));
+    Ok(())
 }
 
 async fn wait_for_signal() -> io::Result<()> {
@@ -197,6 +231,7 @@ async fn accept(listener: TcpListener, process: &Arc<Process>, options: SocketOp
             }
         };
         if process.clients.count() >= options.connections_max {
+            process.metrics.connections_refused.inc();
             let _ = socket.try_write(b"-ERR max number of clients reached\r\n");
             continue;
         }

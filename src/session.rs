@@ -15,6 +15,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context as TaskContext, Poll};
+use std::time::Instant;
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
@@ -52,6 +53,9 @@ struct Pending {
     answer: Answer,
     protocol: Protocol,
     mute: bool,
+    /// The place of its command in the table, and when it was read.
+    row: Option<usize>,
+    began: Instant,
 }
 
 struct Session<S> {
@@ -74,6 +78,8 @@ struct Session<S> {
     written: u64,
     holds: VecDeque<(u64, Vec<Hold>)>,
     reply_mode: ReplyMode,
+    /// When the socket was last looked at: the time of all requests that came then.
+    now: Instant,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
@@ -98,6 +104,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             written: 0,
             holds: VecDeque::new(),
             reply_mode: ReplyMode::On,
+            now: Instant::now(),
         }
     }
 
@@ -111,6 +118,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             if self.process.draining.load(Ordering::Relaxed) {
                 self.closing = true;
             }
+            self.now = Instant::now();
             self.resolve(context);
             self.start_requests();
             // A request that was answered at once is written in the same round.
@@ -153,8 +161,26 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 self.peer.blocked.store(false, Ordering::Relaxed);
             }
             let (protocol, mute) = (pending.protocol, pending.mute);
-            self.pending.pop_front();
+            if let Some(pending) = self.pending.pop_front() {
+                self.count(&pending, &done, waits);
+            }
             self.write(done, protocol, mute);
+        }
+    }
+
+    /// Counts an answer that is there. Its time ends when the socket was last looked at, which is when it was asked for it.
+    fn count(&self, pending: &Pending, done: &Done, waits: bool) {
+        match done {
+            Done::Reply(Reply::Error(error)) => self.process.metrics.error(error.code),
+            Done::Reply(Reply::RawError(_)) => self.process.metrics.error(Code::Err),
+            _ => {}
+        }
+        let Some(row) = pending.row else { return };
+        let took = self.now.saturating_duration_since(pending.began);
+        self.process.metrics.command(row, took);
+        if took >= self.process.slow && !waits {
+            let command = command::rows().get(row).map_or("", |row| row.spec.name);
+            tracing::info!(target: "goflow::slow", command, ms = took.as_millis() as u64, client = self.peer.id, "slow");
         }
     }
 
@@ -193,6 +219,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     }
 
     fn push(&mut self, answer: Answer) {
+        self.push_of(answer, None);
+    }
+
+    /// Puts the answer to a command of the table in line.
+    fn push_of(&mut self, answer: Answer, row: Option<usize>) {
         let mute = match self.reply_mode {
             ReplyMode::On => false,
             ReplyMode::Off => true,
@@ -201,27 +232,32 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 true
             }
         };
-        self.pending.push_back(Pending { answer, protocol: self.context.protocol, mute });
+        let protocol = self.context.protocol;
+        self.pending.push_back(Pending { answer, protocol, mute, row, began: self.now });
     }
 
     fn start(&mut self, words: &[Bytes]) {
-        let answer = match command::find(words) {
-            Err(error) if self.authenticated => Answer::reply(error.into()),
-            Err(_) => Answer::reply(no_auth()),
-            Ok(spec) => {
-                self.peer.note_command(spec.name);
-                match self.authenticated || spec.is_allowed_before_auth() {
-                    false => Answer::reply(no_auth()),
-                    true => match spec.plan(words, &self.context) {
-                        Err(error) => Answer::reply(error.into()),
-                        Ok(Plan::Connection(change)) => return self.change(change),
-                        Ok(Plan::Ask(ask)) => self.process.answer(ask),
-                        Ok(plan) => execute(plan, &self.process.dispatcher, self.asker),
-                    },
-                }
-            }
+        let row = match command::find(words) {
+            Err(error) if self.authenticated => return self.push(Answer::reply(error.into())),
+            Err(_) => return self.push(Answer::reply(no_auth())),
+            Ok(row) => row,
         };
-        self.push(answer);
+        self.peer.note_command(row.name);
+        let answer = match self.authenticated || row.is_allowed_before_auth() {
+            false => Answer::reply(no_auth()),
+            true => match row.plan(words, &self.context) {
+                Err(error) => Answer::reply(error.into()),
+                Ok(Plan::Connection(change)) => return self.change(change),
+                Ok(Plan::Ask(ask)) => self.process.answer(ask),
+                Ok(plan) => {
+                    if matches!(plan, Plan::Dequeue(_)) {
+                        self.peer.is_worker.store(true, Ordering::Relaxed);
+                    }
+                    execute(plan, &self.process.dispatcher, self.asker)
+                }
+            },
+        };
+        self.push_of(answer, Some(row.index));
     }
 
     /// What only the session can do.

@@ -43,7 +43,7 @@ fn stack() -> Value {
 }
 
 /// A map as it is, or a list of `name`/`value` pairs as Kubernetes writes it.
-fn variables(environment: &Value) -> Vec<(String, String)> {
+fn variables(environment: &Value) -> Variables {
     match environment {
         Value::Object(map) => map.iter().map(|(name, value)| (name.clone(), value.as_str().unwrap().into())).collect(),
         Value::Array(list) => {
@@ -58,8 +58,10 @@ fn words(value: &Value) -> Vec<String> {
     value.as_array().unwrap().iter().map(|word| word.as_str().unwrap().to_owned()).collect()
 }
 
+type Variables = Vec<(String, String)>;
+
 /// Containers of goflow in all files: where, the arguments, and the variables.
-fn containers() -> Vec<(String, Vec<String>, Vec<(String, String)>)> {
+fn containers() -> Vec<(String, Vec<String>, Variables)> {
     let mut found = Vec::new();
     for file in ["docker-stack.yml", "docker-compose.yml"] {
         for (name, service) in yaml(file)[0]["services"].as_object().unwrap() {

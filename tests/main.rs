@@ -7,6 +7,8 @@ mod conformance;
 mod deploy;
 /// What hostile clients send is taken as Redis takes it; parser and scanner meet any bytes.
 mod frames;
+/// Metrics, health, readiness and the HTTP API over a real socket.
+mod http;
 /// Nothing that was acknowledged is lost, whoever is killed.
 mod loss;
 /// Random operations on each shard and on the pure rules at once give the same outcomes.

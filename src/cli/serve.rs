@@ -67,6 +67,7 @@ pub fn shards(config: &Config) -> Result<Vec<ShardEntry>, String> {
 fn setup(config: &Config, shards: Vec<ShardEntry>) -> Setup {
     Setup {
         listen: config.listen,
+        http: config.http.0,
         threads: config.threads(),
         connections_max: config.limits.connections_max,
         keepalive: config.timeouts.keepalive(),
@@ -82,5 +83,6 @@ fn setup(config: &Config, shards: Vec<ShardEntry>) -> Setup {
         bounds: config.bounds(),
         auth: Auth { users: config.users() },
         settings: config.shown(),
+        slow: config.log.slow(),
     }
 }

@@ -20,9 +20,11 @@ use foldhash::fast::RandomState;
 use rand::Rng;
 use tokio::sync::{Notify, oneshot};
 
+use super::meter::Meter;
 use super::waiting::Ticket;
 use crate::error::{Code, Error, Happened, Result};
 use crate::job::{Delivery, Lease, Name, TOKEN_MAX};
+use crate::metrics::Metrics;
 use crate::shard::{Action, Applied, Effect, Op, Outcome, Shard, Stamp};
 
 /// Most jobs in one batch; one operation larger than this goes alone.
@@ -247,6 +249,24 @@ impl Lane {
         })
     }
 
+    /// What somebody else has heard of the shard, for a lane that has nothing to ask it.
+    pub fn note_reach(&self, reach: Result<()>) {
+        match reach {
+            Ok(()) if self.vitals.down.swap(false, Ordering::Relaxed) => {
+                tracing::info!(shard = %self.name, "shard is back");
+                self.woken(None);
+            }
+            Err(error) if error.code == Code::ShardDown => {
+                self.claimed.store(false, Ordering::Relaxed);
+                if !self.vitals.down.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(shard = %self.name, %error, "shard is down");
+                }
+                *self.vitals.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            }
+            _ => {}
+        }
+    }
+
     /// Puts an operation in line; the receiver gets its outcome. The operations of one session keep their order.
     pub fn submit(&self, op: Op, session: u64) -> oneshot::Receiver<Result<Outcome>> {
         let (sender, receiver) = oneshot::channel();
@@ -307,10 +327,10 @@ impl Lane {
     }
 
     /// Serves the lane until the process ends.
-    pub async fn run(self: Arc<Lane>) {
+    pub async fn run(self: Arc<Lane>, metrics: Arc<Metrics>) {
         let lane = self.clone();
         self.shard.watch(Arc::new(move |queue| lane.woken(queue)));
-        let mut line = Line::new(self);
+        let mut line = Line::new(self, metrics);
         loop {
             line.collect();
             let batch = line.batch();
@@ -359,6 +379,7 @@ struct Slot {
 /// The lane's own state, touched by its task alone.
 struct Line {
     lane: Arc<Lane>,
+    meter: Meter,
     slots: HashMap<Name, Slot, RandomState>,
     /// Queues whose waiters may be served now.
     hot: BTreeSet<Name>,
@@ -371,8 +392,9 @@ struct Line {
 }
 
 impl Line {
-    fn new(lane: Arc<Lane>) -> Line {
+    fn new(lane: Arc<Lane>, metrics: Arc<Metrics>) -> Line {
         Line {
+            meter: Meter::new(metrics, &lane.name),
             lane,
             slots: HashMap::default(),
             hot: BTreeSet::new(),
@@ -533,6 +555,7 @@ impl Line {
             ops.push(parcel.op);
         }
         let count = ops.len();
+        let noted = self.meter.before(&ops);
         let asked_at = Instant::now();
         let Applied { outcomes, effects } = match self.lane.claim().await {
             Ok(()) => self.lane.shard.apply(ops, None).await,
@@ -542,7 +565,9 @@ impl Line {
                 Applied::failed(count, &Error::shard_down(&self.lane.name, &why, Happened::No))
             }
         };
-        self.note_vitals(count, asked_at.elapsed(), &outcomes);
+        let took = asked_at.elapsed();
+        self.meter.after(&noted, &outcomes, took);
+        self.note_vitals(count, took, &outcomes);
         // Effects first: they say whether there is more for the tickets that are answered below.
         for effect in effects {
             self.take_effect(effect);

@@ -4,7 +4,9 @@
 //! new job, all lanes. It holds no truth (law 6): everything here can be rebuilt from the configuration and the shards.
 
 pub mod lane;
+pub mod meter;
 pub mod router;
+pub mod sampler;
 pub mod waiting;
 
 use std::sync::{Arc, PoisonError, RwLock};

@@ -275,6 +275,13 @@ pub trait Shard: Send + Sync + 'static {
     /// The stamp that the shard bears, if any; changes nothing. For `goflow check`.
     fn stamp(&self) -> BoxFuture<'_, Result<Option<Stamp>>>;
 
+    /// Asks for a role that one process at a time has, for the next `for_ms`: true when `holder` has it now. Who has it and
+    /// asks again in time keeps it. A shard that only one process can use gives it to whoever asks.
+    fn lead(&self, role: &'static str, holder: &str, for_ms: Millis) -> BoxFuture<'_, Result<bool>> {
+        let _ = (role, holder, for_ms);
+        Box::pin(async { Ok(true) })
+    }
+
     /// What takes the shard's ordinary commands.
     fn keyspace(&self) -> Keyspace {
         Keyspace::None

@@ -37,8 +37,17 @@ impl Goflow {
     }
 
     pub fn start_with(args: &[&str], env: &[(&str, &str)]) -> Goflow {
+        Goflow::start_on("off", args, env)
+    }
+
+    /// The same with HTTP on a free port, which the log names.
+    pub fn start_with_http(args: &[&str], env: &[(&str, &str)]) -> Goflow {
+        Goflow::start_on("127.0.0.1:0", args, env)
+    }
+
+    fn start_on(http: &str, args: &[&str], env: &[(&str, &str)]) -> Goflow {
         let dir = scratch();
-        let usual = ["serve", "--listen", "127.0.0.1:0", "--http", "off"];
+        let usual = ["serve", "--listen", "127.0.0.1:0", "--http", http];
         let args: Vec<&str> = usual.iter().chain(args).copied().collect();
         let program = program(dir.path(), &args, env);
         let process = Process::start(&program);

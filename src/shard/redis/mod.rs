@@ -26,7 +26,7 @@ use tokio::task::AbortHandle;
 use self::batch::Part;
 use self::connect::{Failure, Home, Live};
 use super::{Applied, BoxFuture, Effect, Health, Keyspace, OnWake, Op, Outcome, Rules, Shard, Stamp};
-use crate::clock::UnixMs;
+use crate::clock::{Millis, UnixMs};
 use crate::error::{Error, Happened, Result};
 use crate::job::Name;
 
@@ -335,6 +335,11 @@ impl Shard for Redis {
 
     fn stamp(&self) -> BoxFuture<'_, Result<Option<Stamp>>> {
         Box::pin(self.read_stamp())
+    }
+
+    fn lead(&self, role: &'static str, holder: &str, for_ms: Millis) -> BoxFuture<'_, Result<bool>> {
+        let holder = holder.to_owned();
+        Box::pin(async move { self.ask_for_role(role, &holder, for_ms).await })
     }
 
     fn keyspace(&self) -> Keyspace {

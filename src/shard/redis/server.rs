@@ -6,6 +6,7 @@ use redis::{Cmd, Value};
 
 use super::Redis;
 use super::connect::{Failure, judge};
+use crate::clock::Millis;
 use crate::error::{Code, Error, Result};
 use crate::job::Name;
 use crate::shard::{Health, Stamp};
@@ -24,6 +25,15 @@ return found";
 /// Has no hash tag: it is one for all partitions of a cluster.
 const STAMP_KEY: &str = "goflow:stamp";
 const STAMP_FIELDS: [&str; 4] = ["deployment", "shard", "map_version", "map"];
+
+/// Gives a role to whoever asks first, and to its holder again.
+///
+/// KEYS: role. ARGV: holder, milliseconds. Answers 1 when the role is the asker's.
+const LEAD: &str = "\
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1";
 
 impl Redis {
     async fn ask(&self, command: Cmd) -> Result<Value> {
@@ -94,6 +104,12 @@ impl Redis {
             ));
         }
         Ok(())
+    }
+
+    pub(super) async fn ask_for_role(&self, role: &str, holder: &str, for_ms: Millis) -> Result<bool> {
+        let mut lead = redis::cmd("EVAL");
+        lead.arg(LEAD).arg(1).arg(self.keys.of_shard(role)).arg(holder).arg(for_ms);
+        Ok(self.ask(lead).await? == Value::Int(1))
     }
 
     pub(super) async fn read_health(&self) -> Result<Health> {

@@ -1,0 +1,386 @@
+//! Jobs over HTTP: each request becomes the words of a command and goes the way that every command goes, so the rules, the
+//! bounds and the errors are the same.
+//!
+//! | request | command |
+//! | --- | --- |
+//! | `POST /v1/queues/{queue}/jobs` | `GOFLOW.ENQUEUE`, once for each job of the body |
+//! | `GET /v1/queues/{queue}/jobs/{id}` | `GOFLOW.JOB` |
+//! | `GET /v1/queues/{queue}` | `GOFLOW.STATS` |
+//! | `GET /v1/queues` | `GOFLOW.QUEUES` |
+//!
+//! A body of the type `application/json` is one job or an array of jobs ([`FIELDS`]); any other body is a payload as it is, with
+//! the fields in the query. A new field is a row of the table and a property in `openapi.json`.
+
+use std::future::poll_fn;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, AUTHORIZATION, CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
+use hyper::{Method, Request, Response, StatusCode};
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+use super::{Answer, busy, json};
+use crate::command::{self, Context, Plan};
+use crate::error::{Code, Error, Happened, Result};
+use crate::execute::{self, Asker, Done, execute};
+use crate::process::Process;
+use crate::resp::reply::{Protocol, Reply};
+
+/// The description of all this, for programs.
+const OPENAPI: &str = include_str!("openapi.json");
+
+/// Fields of a job that are options of the command with one value.
+const FIELDS: &[(&str, &str)] = &[
+    ("id", "ID"),
+    ("type", "TYPE"),
+    ("priority", "PRIORITY"),
+    ("delay_ms", "DELAY"),
+    ("at", "AT"),
+    ("attempts", "ATTEMPTS"),
+    ("backoff_ms", "BACKOFF"),
+    ("backoff_max_ms", "BACKOFFMAX"),
+    ("ttl_ms", "TTL"),
+    ("shard", "SHARD"),
+];
+/// Fields with a shape of their own.
+const SHAPED: &[&str] = &["payload", "payload_base64", "unique", "meta", "nx"];
+
+pub async fn answer(request: Request<Incoming>, process: &Arc<Process>) -> Answer {
+    let path: Option<Vec<String>> = request.uri().path().split('/').skip(2).map(percent_decoded).collect();
+    let path = path.unwrap_or_default();
+    let path: Vec<&str> = path.iter().map(String::as_str).collect();
+    if path == ["openapi.json"] {
+        return written(StatusCode::OK, OPENAPI);
+    }
+    if let Err(error) = authenticate(&request, process) {
+        return refused(&error);
+    }
+    match (request.method().clone(), &path[..]) {
+        (Method::POST, ["queues", queue, "jobs"]) => match enqueue(queue, request, process).await {
+            Ok(answer) => answer,
+            Err(error) => refused(&error),
+        },
+        (Method::GET, ["queues", queue, "jobs", id]) => {
+            let reply = run(&["GOFLOW.JOB", queue, id], process).await;
+            match reply {
+                Reply::Null => refused(&Error::new(Code::NoSuchJob, "no job is known by this id")),
+                reply => replied(reply),
+            }
+        }
+        (Method::GET, ["queues", queue]) => replied(run(&["GOFLOW.STATS", queue], process).await),
+        (Method::GET, ["queues"]) => replied(run(&["GOFLOW.QUEUES"], process).await),
+        (_, ["queues", _, "jobs"]) => not_allowed("POST"),
+        (_, ["queues"] | ["queues", _] | ["queues", _, "jobs", _]) => not_allowed("GET"),
+        _ => failed(StatusCode::NOT_FOUND, "ERR", "there is nothing here; see /v1/openapi.json", Happened::No),
+    }
+}
+
+fn authenticate(request: &Request<Incoming>, process: &Process) -> Result<()> {
+    if !process.auth.is_needed() {
+        return Ok(());
+    }
+    let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let basic = header.and_then(|value| value.strip_prefix("Basic ")).and_then(|coded| json::decode(coded.trim()));
+    let Some(basic) = basic else {
+        return Err(Error::new(Code::NoAuth, "Authentication required: Authorization: Basic."));
+    };
+    let colon = basic.iter().position(|byte| *byte == b':').unwrap_or(basic.len());
+    let (user, password) = (&basic[..colon], basic.get(colon + 1..).unwrap_or_default());
+    process.auth.check(if user.is_empty() { b"default" } else { user }, password)
+}
+
+/// Starts a command; what it submits is in its lanes when this returns.
+fn start(words: &[Bytes], process: &Arc<Process>) -> execute::Answer {
+    let context = Context { protocol: Protocol::Resp3, client_id: 0, limits: process.limits.clone() };
+    // Requests of HTTP have no order among themselves, so they share the session that keeps none.
+    let asker = Asker { session: 0, block_ms_max: process.limits.block_ms_max };
+    match command::find(words).and_then(|row| row.plan(words, &context)) {
+        Err(error) => execute::Answer::reply(error.into()),
+        Ok(Plan::Ask(ask)) => process.answer(ask),
+        Ok(plan) => execute(plan, &process.dispatcher, asker),
+    }
+}
+
+async fn finish(mut answer: execute::Answer, process: &Process) -> Reply {
+    let reply = match poll_fn(|context| answer.poll(context)).await {
+        Done::Reply(reply) => reply,
+        // Nothing here asks for deliveries; dropped, they go back.
+        Done::Delivery(_) | Done::Deliveries(_) => Reply::Null,
+    };
+    if let Reply::Error(error) = &reply {
+        process.metrics.error(error.code);
+    }
+    reply
+}
+
+async fn run(words: &[&str], process: &Arc<Process>) -> Reply {
+    let words: Vec<Bytes> = words.iter().map(|word| Bytes::copy_from_slice(word.as_bytes())).collect();
+    finish(start(&words, process), process).await
+}
+
+async fn enqueue(queue: &str, request: Request<Incoming>, process: &Arc<Process>) -> Result<Answer> {
+    let is_json = request.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).is_some_and(|kind| {
+        kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
+    });
+    let query: Vec<(String, String)> = request.uri().query().map(read_query).unwrap_or_default();
+    let bytes_max = process.bounds.request_bytes_max;
+    let body = Limited::new(request.into_body(), bytes_max).collect().await;
+    let body =
+        body.map_err(|_| Error::new(Code::TooBig, format!("the body has more than {bytes_max} bytes")))?.to_bytes();
+    if !is_json {
+        let mut words = opening(queue, body);
+        for (name, value) in query {
+            put_field(&mut words, &name, &Value::from(value))?;
+        }
+        return Ok(placed(finish(start(&words, process), process).await));
+    }
+    match serde_json::from_slice(&body) {
+        Err(error) => Err(Error::bad(format!("the body is no JSON: {error}"))),
+        Ok(Value::Array(jobs)) => enqueue_many(queue, jobs, process).await,
+        Ok(job) => Ok(placed(finish(start(&job_words(queue, &job)?, process), process).await)),
+    }
+}
+
+/// All are checked before one is sent; then each stands for itself.
+async fn enqueue_many(queue: &str, jobs: Vec<Value>, process: &Arc<Process>) -> Result<Answer> {
+    let most = process.limits.batch_jobs_max;
+    if jobs.len() > most {
+        return Err(Error::new(Code::TooBig, format!("{} jobs, the limit is {most}", jobs.len())));
+    }
+    let words: Vec<Vec<Bytes>> = jobs
+        .iter()
+        .enumerate()
+        .map(|(at, job)| {
+            job_words(queue, job).map_err(|error| Error::new(error.code, format!("job {at}: {}", error.text)))
+        })
+        .collect::<Result<_>>()?;
+    let started: Vec<execute::Answer> = words.iter().map(|words| start(words, process)).collect();
+    let (mut results, mut failed) = (Vec::with_capacity(started.len()), 0);
+    for answer in started {
+        let reply = finish(answer, process).await;
+        results.push(match &reply {
+            Reply::Error(error) => {
+                failed += 1;
+                json!({ "error": described(error.code.word(), &error.text, error.happened) })
+            }
+            reply => json!({ "id": json::value(reply) }),
+        });
+    }
+    let status = if failed == 0 { StatusCode::CREATED } else { StatusCode::MULTI_STATUS };
+    Ok(written(status, json!({ "jobs": results, "failed": failed }).to_string()))
+}
+
+fn opening(queue: &str, payload: Bytes) -> Vec<Bytes> {
+    vec![Bytes::from_static(b"GOFLOW.ENQUEUE"), Bytes::copy_from_slice(queue.as_bytes()), payload]
+}
+
+/// The words of the command for one job of a JSON body.
+fn job_words(queue: &str, job: &Value) -> Result<Vec<Bytes>> {
+    let Value::Object(fields) = job else {
+        return Err(Error::bad("expected an object with a payload, or an array of such"));
+    };
+    let payload = match (fields.get("payload"), fields.get("payload_base64")) {
+        (Some(_), Some(_)) => return Err(Error::bad("expected payload or payload_base64, not both")),
+        (Some(Value::String(text)), None) => Bytes::copy_from_slice(text.as_bytes()),
+        // Anything else is kept as the JSON that it is.
+        (Some(value), None) => value.to_string().into(),
+        (None, Some(Value::String(coded))) => {
+            json::decode(coded).ok_or_else(|| Error::bad("invalid payload_base64: expected base64"))?.into()
+        }
+        (None, _) => return Err(Error::bad("the payload is missing: expected payload or payload_base64")),
+    };
+    let mut words = opening(queue, payload);
+    for (name, value) in fields.iter().filter(|(name, _)| !name.starts_with("payload")) {
+        put_field(&mut words, name, value)?;
+    }
+    if let Some(unknown) = fields.keys().find(|name| name.starts_with("payload") && !SHAPED.contains(&name.as_str())) {
+        return Err(Error::bad(format!("unknown field '{unknown}'")));
+    }
+    Ok(words)
+}
+
+/// Appends the option that a field stands for.
+fn put_field(words: &mut Vec<Bytes>, name: &str, value: &Value) -> Result<()> {
+    let text = |value: &Value| match value {
+        Value::String(text) => Ok(Bytes::copy_from_slice(text.as_bytes())),
+        Value::Number(number) => Ok(number.to_string().into()),
+        _ => Err(Error::bad(format!("invalid {name}: expected a string or a number"))),
+    };
+    let option = |word: &'static str| Bytes::from_static(word.as_bytes());
+    match (name, value) {
+        ("nx", Value::Bool(true)) => words.push(option("NX")),
+        ("nx", Value::String(flag)) if flag == "true" => words.push(option("NX")),
+        ("nx", Value::Bool(false)) => {}
+        ("nx", _) => return Err(Error::bad("invalid nx: expected true or false")),
+        ("unique", Value::Object(unique)) => {
+            let (Some(key), Some(ms), 2) = (unique.get("key"), unique.get("ms"), unique.len()) else {
+                return Err(Error::bad("invalid unique: expected an object of key and ms"));
+            };
+            words.extend([option("UNIQUE"), text(key)?, text(ms)?]);
+        }
+        ("meta", Value::Object(meta)) => {
+            for (field, value) in meta {
+                words.extend([option("META"), Bytes::copy_from_slice(field.as_bytes()), text(value)?]);
+            }
+        }
+        ("unique" | "meta", _) => return Err(Error::bad(format!("invalid {name}: expected an object"))),
+        _ => match FIELDS.iter().find(|(field, _)| *field == name) {
+            Some((_, word)) => words.extend([option(word), text(value)?]),
+            None => return Err(Error::bad(format!("unknown field '{name}'"))),
+        },
+    }
+    Ok(())
+}
+
+/// The pairs of a query, decoded; what cannot be decoded is left as it is.
+fn read_query(query: &str) -> Vec<(String, String)> {
+    let decoded = |text: &str| percent_decoded(&text.replace('+', " ")).unwrap_or_else(|| text.to_owned());
+    let pairs = query.split('&').filter(|pair| !pair.is_empty());
+    pairs
+        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+        .map(|(name, value)| (decoded(name), decoded(value)))
+        .collect()
+}
+
+fn percent_decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        rest = tail;
+        if *first != b'%' {
+            bytes.push(*first);
+            continue;
+        }
+        let (digits, tail) = tail.split_at_checked(2)?;
+        bytes.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
+        rest = tail;
+    }
+    String::from_utf8(bytes).ok()
+}
+
+/// The answer to one enqueue.
+fn placed(reply: Reply) -> Answer {
+    match &reply {
+        Reply::Error(error) => refused(error),
+        reply => written(StatusCode::CREATED, json!({ "id": json::value(reply) }).to_string()),
+    }
+}
+
+fn replied(reply: Reply) -> Answer {
+    match &reply {
+        Reply::Error(error) => refused(error),
+        reply => written(StatusCode::OK, json::value(reply).to_string()),
+    }
+}
+
+fn described(code: &str, message: &str, happened: Happened) -> Value {
+    json!({ "code": code, "message": message, "happened": if happened == Happened::No { "no" } else { "maybe" } })
+}
+
+fn refused(error: &Error) -> Answer {
+    let status = match error.code {
+        Code::NoAuth | Code::WrongPass => StatusCode::UNAUTHORIZED,
+        Code::NoPerm => StatusCode::FORBIDDEN,
+        Code::NoSuchJob => StatusCode::NOT_FOUND,
+        Code::Duplicate | Code::LeaseLost => StatusCode::CONFLICT,
+        Code::TooBig => StatusCode::PAYLOAD_TOO_LARGE,
+        Code::QueueFull => StatusCode::TOO_MANY_REQUESTS,
+        Code::ShardDown | Code::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
+        _ => StatusCode::BAD_REQUEST,
+    };
+    let mut answer = failed(status, error.code.word(), &error.text, error.happened);
+    if status == StatusCode::UNAUTHORIZED {
+        answer.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"goflow\""));
+    }
+    match status {
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => busy(answer),
+        _ => answer,
+    }
+}
+
+fn failed(status: StatusCode, code: &str, message: &str, happened: Happened) -> Answer {
+    written(status, json!({ "error": described(code, message, happened) }).to_string())
+}
+
+fn not_allowed(method: &'static str) -> Answer {
+    let mut answer = failed(StatusCode::METHOD_NOT_ALLOWED, "ERR", "another method is expected here", Happened::No);
+    answer.headers_mut().insert(ALLOW, HeaderValue::from_static(method));
+    answer
+}
+
+fn written(status: StatusCode, body: impl Into<Bytes>) -> Answer {
+    let mut answer = Response::new(Full::from(body.into()));
+    *answer.status_mut() = status;
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(job: Value) -> Result<Vec<String>> {
+        let words = job_words("main", &job)?;
+        Ok(words.iter().map(|word| String::from_utf8_lossy(word).into_owned()).collect())
+    }
+
+    #[test]
+    fn a_job_becomes_the_words_of_an_enqueue() {
+        let job = json!({"payload": "p", "id": "a", "priority": -5, "meta": {"k": "v"}, "nx": true, "unique": {"key": "u", "ms": 9}});
+        let words = words(job).unwrap();
+        assert_eq!(words[..3], ["GOFLOW.ENQUEUE", "main", "p"]);
+        for expected in [&["ID", "a"][..], &["PRIORITY", "-5"], &["META", "k", "v"], &["NX"], &["UNIQUE", "u", "9"]] {
+            assert!(words.windows(expected.len()).any(|part| part == expected), "{expected:?} in {words:?}");
+        }
+    }
+
+    #[test]
+    fn payloads_are_text_or_json_or_base64() {
+        for (job, payload) in [
+            (json!({"payload": "text"}), "text"),
+            (json!({"payload": {"a": [1, null]}}), r#"{"a":[1,null]}"#),
+            (json!({"payload_base64": "aGk="}), "hi"),
+        ] {
+            assert_eq!(words(job).unwrap()[2], payload);
+        }
+    }
+
+    #[test]
+    fn what_is_no_job_is_refused_with_the_field_named() {
+        for (job, named) in [
+            (json!("x"), "object"),
+            (json!({}), "payload"),
+            (json!({"payload": "", "payload_base64": ""}), "not both"),
+            (json!({"payload_base64": "%"}), "payload_base64"),
+            (json!({"payload": "", "colour": 1}), "colour"),
+            (json!({"payload": "", "payload_utf16": 1}), "payload_utf16"),
+            (json!({"payload": "", "unique": {"key": "a"}}), "unique"),
+            (json!({"payload": "", "meta": []}), "meta"),
+            (json!({"payload": "", "id": [1]}), "id"),
+            (json!({"payload": "", "nx": "no"}), "nx"),
+        ] {
+            let error = words(job.clone()).expect_err(&job.to_string());
+            assert!(error.text.contains(named), "{job}: {}", error.text);
+        }
+    }
+
+    #[test]
+    fn every_field_and_path_is_in_the_description() {
+        let description: Value = serde_json::from_str(OPENAPI).unwrap();
+        let described = description["components"]["schemas"]["Job"]["properties"].as_object().unwrap();
+        let fields: Vec<&str> = FIELDS.iter().map(|(field, _)| *field).chain(SHAPED.iter().copied()).collect();
+        assert!(fields.iter().all(|field| described.contains_key(*field)) && described.len() == fields.len());
+        let paths: Vec<&String> = description["paths"].as_object().unwrap().keys().collect();
+        let expected = ["/v1/queues", "/v1/queues/{queue}", "/v1/queues/{queue}/jobs", "/v1/queues/{queue}/jobs/{id}"];
+        assert_eq!(paths, expected);
+    }
+
+    #[test]
+    fn queries_and_paths_are_decoded() {
+        assert_eq!(read_query("a=b%20c+d&x"), [("a".into(), "b c d".into()), ("x".into(), String::new())]);
+        assert_eq!(percent_decoded("a%2Fb").as_deref(), Some("a/b"));
+        assert!(percent_decoded("%").is_none() && percent_decoded("%zz").is_none() && percent_decoded("%ff").is_none());
+    }
+}

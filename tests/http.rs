@@ -1,0 +1,245 @@
+//! Metrics, health, readiness and the HTTP API of the real binary, asked over a real socket.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value as Json, json};
+
+use crate::eventually;
+use crate::support::goflow::Goflow;
+use crate::support::servers::{Flavour, Server};
+
+/// A server whose HTTP port is on.
+pub struct Site {
+    pub goflow: Goflow,
+    address: String,
+}
+
+/// Status, headers in lower case, body.
+pub struct Answer {
+    pub status: u16,
+    pub head: String,
+    pub body: String,
+}
+
+impl Site {
+    pub fn start(args: &[&str]) -> Site {
+        Site::start_with(args, &[])
+    }
+
+    pub fn start_with(args: &[&str], env: &[(&str, &str)]) -> Site {
+        let goflow = Goflow::start_with_http(args, env);
+        let mark = " http listening on ";
+        let line = goflow.wait_for_log(mark);
+        let address = line[line.find(mark).unwrap() + mark.len()..].trim().to_owned();
+        Site { goflow, address }
+    }
+
+    pub fn request(&self, head: &str, body: &str) -> Answer {
+        let mut socket = TcpStream::connect(&self.address).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let length = body.len();
+        let lines = head.replace('\n', "\r\n");
+        write!(socket, "{lines}\r\nHost: goflow\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}")
+            .unwrap();
+        let mut answer = Vec::new();
+        socket.read_to_end(&mut answer).unwrap();
+        let answer = String::from_utf8(answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        let body = match head.to_lowercase().contains("transfer-encoding: chunked") {
+            true => panic!("a bounded answer says its length"),
+            false => body.to_owned(),
+        };
+        Answer { status, head: head.to_lowercase(), body }
+    }
+
+    pub fn get(&self, path: &str) -> Answer {
+        self.request(&format!("GET {path} HTTP/1.1"), "")
+    }
+
+    pub fn post(&self, path: &str, body: &Json) -> Answer {
+        self.request(&format!("POST {path} HTTP/1.1\nContent-Type: application/json"), &body.to_string())
+    }
+
+    /// The samples of a scrape by series.
+    pub fn samples(&self) -> BTreeMap<String, f64> {
+        let body = self.get("/metrics").body;
+        let lines = body.lines().filter(|line| !line.starts_with('#'));
+        lines
+            .map(|line| line.rsplit_once(' ').unwrap())
+            .map(|(series, value)| (series.into(), value.parse().unwrap()))
+            .collect()
+    }
+}
+
+fn fields(answer: &Answer) -> Json {
+    serde_json::from_str(&answer.body).unwrap_or_else(|error| panic!("{error}: {}", answer.body))
+}
+
+#[test]
+fn a_jobs_way_is_counted_and_promtool_likes_the_page() {
+    let site = Site::start(&["--shard", "s1=memory:"]);
+    let mut wire = site.goflow.wire();
+    wire.say("GOFLOW.ENQUEUE main one");
+    wire.say("GOFLOW.ENQUEUE main two");
+    let receipt = wire.say("GOFLOW.DEQUEUE main").field("receipt").text();
+    wire.say(&format!("GOFLOW.ACK main {receipt}"));
+    let receipt = wire.say("GOFLOW.DEQUEUE main").field("receipt").text();
+    wire.say(&format!("GOFLOW.FAIL main {receipt} RETRYIN 60000"));
+    wire.say("NONSENSE");
+    let samples = site.samples();
+    for (series, value) in [
+        ("goflow_jobs_enqueued_total{queue=\"main\"}", 2.0),
+        ("goflow_jobs_started_total{queue=\"main\"}", 2.0),
+        ("goflow_jobs_completed_total{queue=\"main\"}", 1.0),
+        ("goflow_jobs_failed_total{queue=\"main\"}", 1.0),
+        ("goflow_jobs_retried_total{queue=\"main\"}", 1.0),
+        ("goflow_job_duration_seconds_count{queue=\"main\"}", 2.0),
+        ("goflow_job_wait_seconds_count{queue=\"main\"}", 2.0),
+        ("goflow_workers_active", 1.0),
+        ("goflow_connections", 1.0),
+        ("goflow_errors_total{code=\"ERR\"}", 1.0),
+        ("goflow_shard_up{shard=\"s1\"}", 1.0),
+        ("goflow_command_duration_seconds_count{command=\"GOFLOW.ENQUEUE\"}", 2.0),
+    ] {
+        assert_eq!(samples.get(series), Some(&value), "{series}");
+    }
+    eventually!("the depths are sampled", {
+        (site.samples().get("goflow_queue_scheduled{queue=\"main\"}") == Some(&1.0)).then_some(())
+    });
+    let mut promtool = Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).spawn().unwrap();
+    promtool.stdin.take().unwrap().write_all(site.get("/metrics").body.as_bytes()).unwrap();
+    assert!(promtool.wait().unwrap().success(), "promtool check metrics");
+}
+
+#[test]
+fn openmetrics_is_for_who_asks_for_it() {
+    let site = Site::start(&["--shard", "s1=memory:"]);
+    let answer = site.request("GET /metrics HTTP/1.1\nAccept: application/openmetrics-text; version=1.0.0", "");
+    assert!(answer.head.contains("application/openmetrics-text; version=1.0.0"));
+    assert!(answer.body.ends_with("# EOF\n"));
+    assert!(answer.body.contains("# TYPE goflow_received_bytes counter\n"));
+    assert!(site.get("/metrics").head.contains("text/plain; version=0.0.4"));
+}
+
+#[test]
+fn ten_thousand_queues_do_not_grow_the_page_beyond_its_bound() {
+    let site = Site::start(&["--shard", "s1=memory:"]);
+    let mut wire = site.goflow.wire();
+    let enqueue = |wire: &mut crate::support::wire::Wire, from: usize, to: usize| {
+        (from..to).for_each(|number| wire.send(&["GOFLOW.ENQUEUE", &format!("queue-{number}"), "x"]));
+        (from..to).for_each(|_| drop(wire.read().text()));
+    };
+    (0..200).step_by(50).for_each(|from| enqueue(&mut wire, from, from + 50));
+    let depths = |samples: &BTreeMap<String, f64>| {
+        let depths = samples.iter().filter(|(series, _)| series.starts_with("goflow_queue_depth{"));
+        depths.map(|(_, depth)| *depth).sum::<f64>()
+    };
+    eventually!("200 jobs are sampled", (depths(&site.samples()) == 200.0).then_some(()));
+    let few = site.samples().len();
+    (200..10_000).step_by(200).for_each(|from| enqueue(&mut wire, from, from + 200));
+    eventually!("10,000 jobs are sampled", (depths(&site.samples()) == 10_000.0).then_some(()));
+    assert_eq!(site.samples().len(), few, "the number of series");
+}
+
+#[test]
+fn three_proxies_show_each_job_of_a_shard_once_and_another_takes_over_from_a_killed_one() {
+    let shards: Vec<Server> = (0..2).map(|_| Server::start(Flavour::Redis7, &[])).collect();
+    let urls: Vec<String> = shards.iter().enumerate().map(|(n, shard)| format!("s{n}={}", shard.url())).collect();
+    let args = ["--shard", &urls[0], "--shard", &urls[1], "--strategy", "round-robin"];
+    let mut sites: Vec<Site> = (0..3).map(|_| Site::start(&args)).collect();
+    let mut wire = sites[0].goflow.wire();
+    for number in 0..100 {
+        assert!(wire.say(&format!("GOFLOW.ENQUEUE main {number}")).text().contains('~'));
+    }
+    let sum = |sites: &[Site], series: &str| -> f64 {
+        sites
+            .iter()
+            .map(|site| site.samples().iter().filter(|(name, _)| name.starts_with(series)).map(|(_, v)| v).sum::<f64>())
+            .sum()
+    };
+    let depth = "goflow_queue_depth{queue=\"main\"}";
+    eventually!("the sum over three proxies is the truth", (sum(&sites, depth) == 100.0).then_some(()));
+    assert_eq!(sum(&sites, "goflow_shard_sampled"), 2.0, "each shard is sampled by one proxy");
+    let leader = sites.iter().position(|site| site.samples().contains_key(depth)).unwrap();
+    let mut killed = sites.remove(leader);
+    killed.goflow.kill();
+    eventually!("the others have taken over", (sum(&sites, depth) == 100.0).then_some(()));
+    assert_eq!(sum(&sites, "goflow_shard_sampled"), 2.0);
+}
+
+#[test]
+fn readiness_says_when_no_shard_answers_and_health_stays_true() {
+    let shard = Server::start(Flavour::Redis7, &[]);
+    let url = format!("s1={}", shard.url());
+    let mut site = Site::start(&["--shard", &url]);
+    site.goflow.expect_log("shard is down");
+    assert_eq!((site.get("/readyz").status, site.get("/healthz").status), (200, 200));
+    drop(shard);
+    eventually!("it is not ready", (site.get("/readyz").status == 503).then_some(()));
+    assert_eq!(site.get("/healthz").status, 200);
+    assert_eq!(site.samples().get("goflow_shard_up{shard=\"s1\"}"), Some(&0.0));
+}
+
+#[test]
+fn one_job_or_many_are_posted_and_read_back() {
+    let site = Site::start(&["--shard", "s1=memory:"]);
+    let posted = site
+        .post("/v1/queues/main/jobs", &json!({"payload": "hello", "id": "mine", "priority": 7, "meta": {"k": "v"}}));
+    assert_eq!((posted.status, fields(&posted)), (201, json!({"id": "mine"})));
+    let job = fields(&site.get("/v1/queues/main/jobs/mine"));
+    assert_eq!(
+        (&job["payload"], &job["priority"], &job["meta"], &job["state"]),
+        (&json!("hello"), &json!(7), &json!({"k": "v"}), &json!("ready"))
+    );
+    let raw =
+        site.request("POST /v1/queues/main/jobs?type=bytes&priority=9 HTTP/1.1\nContent-Type: text/plain", "as it is");
+    assert_eq!(raw.status, 201);
+    let delivered = site.goflow.wire().say("GOFLOW.DEQUEUE main");
+    assert_eq!(
+        (delivered.field("payload").text(), delivered.field("type").text()),
+        ("as it is".into(), "bytes".into())
+    );
+    let many =
+        site.post("/v1/queues/main/jobs", &json!([{"payload": {"a": 1}}, {"payload": "x", "id": "mine", "nx": true}]));
+    assert_eq!((many.status, &fields(&many)["failed"]), (207, &json!(1)));
+    assert_eq!(fields(&many)["jobs"][1]["error"]["code"], "DUPLICATE");
+    assert_eq!(fields(&site.get("/v1/queues/main"))["ready"], 2);
+    assert_eq!(fields(&site.get("/v1/queues")), json!(["main"]));
+    assert_eq!(site.get("/v1/openapi.json").status, 200);
+}
+
+#[test]
+fn errors_are_those_of_the_commands_and_say_whether_anything_happened() {
+    let site = Site::start(&["--shard", "s1=memory:"]);
+    let jobs = "/v1/queues/main/jobs";
+    for (answer, status, code, named) in [
+        (site.post(jobs, &json!({"payload": "x", "priority": 5000})), 400, "ERR", "PRIORITY"),
+        (site.post(jobs, &json!({"payload": "x", "colour": 1})), 400, "ERR", "colour"),
+        (site.post(jobs, &json!([{"payload": "x"}, {}])), 400, "ERR", "job 1"),
+        (site.post("/v1/queues/bad%20name/jobs", &json!({"payload": "x"})), 400, "ERR", "name"),
+        (site.request(&format!("POST {jobs} HTTP/1.1\nContent-Type: application/json"), "{"), 400, "ERR", "JSON"),
+        (site.get("/v1/queues/main/jobs/none"), 404, "NOSUCHJOB", "no job"),
+        (site.get("/v1/nothing"), 404, "ERR", "nothing"),
+        (site.get(jobs), 405, "ERR", "method"),
+    ] {
+        let error = fields(&answer)["error"].clone();
+        assert_eq!((answer.status, error["code"].as_str().unwrap(), &error["happened"]), (status, code, &json!("no")));
+        assert!(error["message"].as_str().unwrap().contains(named), "{error}");
+    }
+    assert_eq!(site.goflow.wire().say("GOFLOW.LEN main").integer(), 0, "what is refused adds nothing");
+}
+
+#[test]
+fn the_api_wants_the_password_of_the_redis_port() {
+    let site = Site::start_with(&["--shard", "s1=memory:"], &[("GOFLOW_AUTH_PASSWORD", "hush")]);
+    assert_eq!(site.get("/v1/queues").status, 401);
+    // default:hush and default:wrong
+    let ask = |basic: &str| site.request(&format!("GET /v1/queues HTTP/1.1\nAuthorization: Basic {basic}"), "").status;
+    assert_eq!((ask("ZGVmYXVsdDpodXNo"), ask("ZGVmYXVsdDp3cm9uZw=="), ask("nonsense!")), (200, 401, 401));
+    assert_eq!((site.get("/metrics").status, site.get("/readyz").status), (200, 200));
+}
