@@ -37,11 +37,8 @@ impl Server {
 
     /// Processor time so far, of user and system.
     fn cpu(&self) -> Duration {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-        let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-        // The kernel counts in hundredths of a second.
-        Duration::from_millis(ticks * 10)
+        let schedule = std::fs::read_to_string(format!("/proc/{}/schedstat", self.child.id())).unwrap();
+        Duration::from_nanos(schedule.split(' ').next().unwrap().parse().unwrap())
     }
 }
 

@@ -436,12 +436,6 @@ function make_rules()
     M.keep_until = next and next.time + keep_ms or 0
   end
 
-  -- Forgets the oldest when all of the kept are completed and only their number counts; the usual case under load.
-  function rules.trim_completed(count)
-    forget(call('LPOP', COMPLETED, text(count)))
-    M.completed_kept = M.completed_kept - count
-  end
-
   ------------------------------------------------------------------------------------------------ the ops
 
   -- The lease's job when this verdict may be given; else the outcome to answer.
