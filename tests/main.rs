@@ -9,6 +9,8 @@ mod deploy;
 mod frames;
 /// Metrics, health, readiness and the HTTP API over a real socket.
 mod http;
+/// The keyspace of a local shard against Redis itself.
+mod keys;
 /// Nothing that was acknowledged is lost, whoever is killed.
 mod loss;
 /// Random operations on each shard and on the pure rules at once give the same outcomes.

@@ -162,15 +162,31 @@ pub fn put_i64(out: &mut impl BufMut, number: i64) {
     out.put_slice(&digits[at..]);
 }
 
-/// As Redis writes a double: `inf`, `-inf`, `nan`, or the shortest text that reads back as the same number.
-fn format_double(number: f64) -> String {
-    if number.is_nan() {
-        return "nan".into();
+/// As Redis 7.0 writes a double: `inf`, `-inf`, `nan`, or what C writes for `%.17g`.
+pub fn format_double(number: f64) -> String {
+    const DIGITS: i32 = 17;
+    if !number.is_finite() {
+        return if number.is_nan() {
+            "nan"
+        } else if number > 0.0 {
+            "inf"
+        } else {
+            "-inf"
+        }
+        .into();
     }
-    if number.is_infinite() {
-        return if number > 0.0 { "inf".into() } else { "-inf".into() };
+    let scientific = format!("{number:.*e}", (DIGITS - 1) as usize);
+    let Some((mantissa, exponent)) = scientific.split_once('e') else { return scientific };
+    let exponent: i32 = exponent.parse().unwrap_or_default();
+    let trimmed = |text: &str| match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
+        false => text.to_owned(),
+    };
+    if (-4..DIGITS).contains(&exponent) {
+        return trimmed(&format!("{number:.*}", (DIGITS - 1 - exponent) as usize));
     }
-    format!("{number}")
+    let sign = if exponent < 0 { '-' } else { '+' };
+    format!("{}e{sign}{:02}", trimmed(mantissa), exponent.unsigned_abs())
 }
 
 #[cfg(test)]
@@ -193,6 +209,26 @@ mod tests {
         assert_eq!(wire(Reply::Integer(i64::MIN), Protocol::Resp2), ":-9223372036854775808\r\n");
         assert_eq!(wire(Reply::Push(vec![Reply::OK]), Protocol::Resp3), ">1\r\n+OK\r\n");
         assert_eq!(wire(Reply::Double(1.5), Protocol::Resp3), ",1.5\r\n");
+        assert_eq!(wire(Reply::Set(vec![Reply::OK]), Protocol::Resp3), "~1\r\n+OK\r\n");
+        assert_eq!(wire(Reply::Set(vec![Reply::OK]), Protocol::Resp2), "*1\r\n+OK\r\n");
+    }
+
+    #[test]
+    fn a_double_is_written_as_redis_writes_it() {
+        for (number, text) in [
+            (0.0, "0"),
+            (-0.0, "-0"),
+            (0.1, "0.10000000000000001"),
+            (100.0, "100"),
+            (1e16, "10000000000000000"),
+            (1e17, "1e+17"),
+            (1.5e300, "1.5000000000000001e+300"),
+            (0.0001, "0.0001"),
+            (0.00001, "1.0000000000000001e-05"),
+            (f64::NEG_INFINITY, "-inf"),
+        ] {
+            assert_eq!(format_double(number), text);
+        }
     }
 
     #[test]

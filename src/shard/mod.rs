@@ -57,6 +57,7 @@ use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Policy};
 use crate::resp::reply::{Protocol, Reply};
 
 pub mod embedded;
+pub mod keys;
 pub mod memory;
 pub mod redis;
 pub mod state;
