@@ -165,15 +165,21 @@ impl Shard for Embedded {
     }
 }
 
+/// Rows that are committed as one.
+trait Store: Rows {
+    /// Returns once everything that changed is on disk.
+    fn commit(&mut self) -> fjall::Result<()>;
+}
+
 /// The one that owns the state and the store.
-struct Committer {
+struct Committer<S> {
     name: String,
-    state: State<DiskRows>,
+    state: State<S>,
     /// Why nothing more is done.
     failure: Option<Error>,
 }
 
-impl Committer {
+impl<S: Store> Committer<S> {
     fn run(mut self, inbox: &mpsc::Receiver<Order>) {
         while let Ok(order) = inbox.recv() {
             // Nobody may be waiting for the answer any more.
@@ -194,7 +200,7 @@ impl Committer {
     }
 
     /// Does something with the state and commits the rows that it changed.
-    fn commit<T>(&mut self, act: impl FnOnce(&mut State<DiskRows>) -> Result<T>) -> Result<T> {
+    fn commit<T>(&mut self, act: impl FnOnce(&mut State<S>) -> Result<T>) -> Result<T> {
         if let Some(failure) = &self.failure {
             return Err(failure.clone());
         }
@@ -235,8 +241,10 @@ impl DiskRows {
             Key::Stamp | Key::Queue(_) | Key::Job(..) | Key::Unique(..) => &self.rows,
         }
     }
+}
 
-    /// Writes what has changed and syncs it; nothing when nothing has.
+impl Store for DiskRows {
+    /// Nothing is written or synced where nothing has changed.
     fn commit(&mut self) -> fjall::Result<()> {
         if self.changed.is_empty() {
             return Ok(());
@@ -314,5 +322,123 @@ impl Rows for DiskRows {
             visit(key, Bytes::copy_from_slice(&value))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Code;
+    use crate::job::JobState;
+    use crate::shard::memory::MapRows;
+    use crate::shard::{Action, Outcome, Start};
+    use std::sync::Arc;
+
+    fn op(action: Action) -> Op {
+        Op { queue: Name::parse(b"main").unwrap(), action }
+    }
+
+    fn enqueue() -> Op {
+        op(Action::Enqueue { policy: Arc::default(), payloads: vec!["x".into()], start: Start::Now })
+    }
+
+    fn len(state: JobState) -> Op {
+        op(Action::Len { state })
+    }
+
+    fn apply(shard: &Embedded, ops: Vec<Op>) -> Vec<Result<Outcome>> {
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(shard.apply(ops, None)).outcomes
+    }
+
+    fn open(dir: &Path) -> Result<Embedded> {
+        Embedded::open(dir, Rules::default())
+    }
+
+    #[test]
+    fn what_was_answered_is_there_when_the_store_is_opened_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let token = vec![7];
+        let lease = op(Action::Lease { tokens: token, lease_ms: 1_000_000, worker: "w".into() });
+        assert_eq!(apply(&open(dir.path()).unwrap(), vec![enqueue(), enqueue(), lease]).len(), 3);
+        let counted = apply(&open(dir.path()).unwrap(), vec![len(JobState::Ready), len(JobState::Leased)]);
+        assert_eq!(counted, [Ok(Outcome::Count(1)), Ok(Outcome::Count(1))]);
+    }
+
+    #[test]
+    fn a_store_is_opened_by_one_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let shard = open(dir.path()).unwrap();
+        let error = open(dir.path()).err().unwrap();
+        assert!(error.text.contains("is open in another process"), "{error}");
+        drop(shard);
+        assert!(open(dir.path()).is_ok());
+    }
+
+    #[test]
+    fn a_store_of_another_version_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(open(dir.path()).unwrap());
+        std::fs::write(dir.path().join("format"), "goflow embedded store 2\n").unwrap();
+        let error = open(dir.path()).err().unwrap();
+        assert!(error.text.contains("goflow embedded store 2"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_store_is_not_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        apply(&open(dir.path()).unwrap(), vec![enqueue()]);
+        let database = Database::builder(dir.path().join("store")).open().unwrap();
+        let mut rows = DiskRows::open(database).unwrap();
+        rows.put(Key::Record(1, 1), "not a record".into());
+        rows.commit().unwrap();
+        drop(rows);
+        assert!(open(dir.path()).err().unwrap().text.contains("damaged"));
+    }
+
+    /// Rows of which nobody knows whether they reached the disk.
+    #[derive(Default)]
+    struct Unsure {
+        rows: MapRows,
+        fails: bool,
+    }
+
+    impl Rows for Unsure {
+        fn get(&self, key: &Key) -> Result<Option<Bytes>> {
+            self.rows.get(key)
+        }
+
+        fn put(&mut self, key: Key, value: Bytes) {
+            self.rows.put(key, value);
+        }
+
+        fn delete(&mut self, key: Key) {
+            self.rows.delete(key);
+        }
+
+        fn each(&self, table: Table, visit: &mut Visit<'_>) -> Result<()> {
+            self.rows.each(table, visit)
+        }
+    }
+
+    impl Store for Unsure {
+        fn commit(&mut self) -> fjall::Result<()> {
+            match std::mem::take(&mut self.fails) {
+                true => Err(std::io::Error::other("no space left on device").into()),
+                false => Ok(()),
+            }
+        }
+    }
+
+    #[test]
+    fn a_failed_sync_is_final() {
+        let state = State::new(Unsure::default(), Rules::default());
+        let mut committer = Committer { name: "embedded:x".into(), state, failure: None };
+        assert!(committer.commit(|state| state.apply(vec![enqueue()], 1)).is_ok());
+        committer.state.rows_mut().fails = true;
+        let error = committer.commit(|state| state.apply(vec![enqueue()], 1)).unwrap_err();
+        assert_eq!((error.code, error.happened), (Code::ShardDown, Happened::Maybe));
+        assert!(error.text.contains("no space left"), "{error}");
+        let error = committer.commit(|state| state.apply(vec![len(JobState::Ready)], 1)).unwrap_err();
+        assert_eq!((error.code, error.happened), (Code::ShardDown, Happened::No));
     }
 }

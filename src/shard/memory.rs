@@ -64,7 +64,7 @@ impl Shard for Memory {
 }
 
 /// Rows in a map.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct MapRows(HashMap<Key, Bytes, foldhash::fast::RandomState>);
 
 impl Rows for MapRows {

@@ -212,3 +212,117 @@ fn check_stamp(stored: &Stamp, stamp: &Stamp) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::{JobRef, JobState, Lease, Policy};
+    use crate::shard::memory::MapRows;
+    use crate::shard::{Action, Outcome, Retention, Start};
+    use proptest::prelude::*;
+    use std::sync::Arc;
+
+    const RULES: Rules = Rules { retention: Retention { age_ms: 500, jobs: 6 }, lapses_max: 2 };
+
+    /// An action made of three numbers, on jobs and with tokens that are few enough to meet each other.
+    fn action((kind, a, b): (u8, u64, u64)) -> Action {
+        let lease = Lease { seq: a % 12 + 1, token: b % 3 };
+        let key = |prefix: &str, number: u64| Bytes::from(format!("{prefix}{number}"));
+        match kind {
+            0..=4 => {
+                let policy = Policy {
+                    priority: (a % 3) as i16 - 1,
+                    attempts: 1 + (b % 3) as u32,
+                    backoff: b % 2 * 40,
+                    ttl: [0, 0, 90][(a / 3 % 3) as usize],
+                    id: (kind == 1).then(|| key("id", b % 4)),
+                    unique: (kind <= 1).then(|| (key("key", a % 3), b % 2 * 60)),
+                    ..Policy::default()
+                };
+                let start = if kind == 4 { Start::Delay(b % 50) } else { Start::Now };
+                Action::Enqueue { policy: Arc::new(policy), payloads: vec![key("payload", a)], start }
+            }
+            5..=7 => {
+                Action::Lease { tokens: vec![b % 3; 1 + (a % 2) as usize], lease_ms: 1 + a % 80, worker: key("w", a) }
+            }
+            8 => Action::Ack { leases: vec![lease], result: key("r", b) },
+            9 => Action::Fail { lease, error: key("e", a), trace: key("t", b), retry_in: None, dead: b % 5 == 0 },
+            10 => Action::Release { lease, delay: a % 2 * 30 },
+            11 => Action::Extend { lease, lease_ms: 1 + b % 90 },
+            12 => Action::Progress { lease, percent: (b % 101) as u8, text: key("p", a) },
+            13 => Action::Cancel { job: JobRef::Seq(lease.seq) },
+            14 => Action::DeadRetryAll { until: None },
+            15 => Action::DeadRetry { jobs: vec![JobRef::Chosen(key("id", b % 4))] },
+            16 => Action::Purge { state: JobState::ALL[(a % 7) as usize] },
+            17 => Action::Pause { paused: a % 3 == 0 },
+            _ => Action::Tick,
+        }
+    }
+
+    /// All that can be seen of a queue, and what decides whether a key is free.
+    fn all_seen(state: &mut State<MapRows>, queue: &Name, now: UnixMs) -> Vec<Outcome> {
+        let states = JobState::ALL.into_iter();
+        let mut actions: Vec<Action> = states.map(|state| Action::Peek { state, offset: 0, count: 1_000 }).collect();
+        actions.extend((0..4).map(|id| Action::Job { job: JobRef::Chosen(format!("id{id}").into()) }));
+        actions.push(Action::Stats);
+        let ops = actions.into_iter().map(|action| Op { queue: queue.clone(), action }).collect();
+        state.apply(ops, now).unwrap().outcomes.into_iter().map(|outcome| outcome.unwrap()).collect()
+    }
+
+    fn assert_same(one: &mut State<MapRows>, other: &mut State<MapRows>, queue: &Name, now: UnixMs) {
+        assert_eq!(all_seen(one, queue, now), all_seen(other, queue, now));
+        let (one, other) = (one.queues.get(queue), other.queues.get(queue));
+        let (Some(one), Some(other)) = (one, other) else {
+            assert!(one.is_none() && other.is_none());
+            return;
+        };
+        assert_eq!(
+            (one.counter, one.ended, &one.unique, &one.ids),
+            (other.counter, other.ended, &other.unique, &other.ids)
+        );
+        assert_eq!((&one.expiring, one.due_at()), (&other.expiring, other.due_at()));
+        assert_eq!(one.jobs.len(), other.jobs.len());
+        for (seq, job) in &one.jobs {
+            assert_eq!(job.encode_header(), other.jobs[seq].encode_header(), "job {seq}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_state_that_is_loaded_is_the_one_that_was_left(
+            steps in proptest::collection::vec((0u64..60, proptest::collection::vec((0u8..20, any::<u64>(), any::<u64>()), 1..5)), 1..40),
+        ) {
+            let queue = Name::parse(b"main").unwrap();
+            let mut state = State::new(MapRows::default(), RULES);
+            let mut now = 1_000_000;
+            for (span, actions) in steps {
+                now += span;
+                let ops = actions.into_iter().map(|parts| Op { queue: queue.clone(), action: action(parts) }).collect();
+                state.apply(ops, now).unwrap();
+                let mut loaded = State::load(state.rows_mut().clone(), RULES).unwrap();
+                assert_same(&mut state, &mut loaded, &queue, now);
+            }
+        }
+    }
+
+    #[test]
+    fn a_queue_that_was_only_asked_is_not_kept() {
+        let queue = Name::parse(b"main").unwrap();
+        let mut state = State::new(MapRows::default(), RULES);
+        all_seen(&mut state, &queue, 5);
+        assert_eq!(state.queues(), []);
+        state.apply(vec![Op { queue: queue.clone(), action: action((17, 0, 0)) }], 5).unwrap();
+        assert_eq!(state.queues(), [queue]);
+    }
+
+    #[test]
+    fn jobs_with_a_key_are_enqueued_one_by_one() {
+        let queue = Name::parse(b"main").unwrap();
+        let mut state = State::new(MapRows::default(), RULES);
+        let policy = Arc::new(Policy { id: Some("a".into()), ..Policy::default() });
+        let action = Action::Enqueue { policy, payloads: vec!["x".into(), "y".into()], start: Start::Now };
+        let applied = state.apply(vec![Op { queue, action }], 5).unwrap();
+        assert!(applied.outcomes[0].is_err());
+        assert_eq!(applied.effects[0].ready, 0);
+    }
+}

@@ -138,6 +138,22 @@ impl Job {
         let detail = self.detail.as_deref().filter(|detail| **detail != Detail::default());
         let texts = detail.map_or([&[][..]; 5], Detail::texts);
         let mut out = BytesMut::with_capacity(HEADER_BYTES + 31 + texts.iter().map(|text| text.len()).sum::<usize>());
+        out.put_slice(&self.encode_header());
+        if let Some(detail) = detail {
+            out.put_uint(detail.started_at, 6);
+            out.put_u32(detail.redrives);
+            out.put_u8(detail.progress.unwrap_or(u8::MAX));
+            for text in texts {
+                out.put_u32(text.len() as u32);
+                out.put_slice(text);
+            }
+        }
+        out.freeze()
+    }
+
+    pub fn encode_header(&self) -> [u8; HEADER_BYTES] {
+        let mut header = [0; HEADER_BYTES];
+        let mut out = &mut header[..];
         let (last, answer) = match self.last {
             Last::Nothing => (0, JobState::Ready),
             Last::Acked => (1, JobState::Completed),
@@ -152,16 +168,7 @@ impl Job {
         for number in [self.place, self.token, self.at, self.expires_at] {
             out.put_uint(number.min(NUMBER_MAX), 6);
         }
-        if let Some(detail) = detail {
-            out.put_uint(detail.started_at, 6);
-            out.put_u32(detail.redrives);
-            out.put_u8(detail.progress.unwrap_or(u8::MAX));
-            for text in texts {
-                out.put_u32(text.len() as u32);
-                out.put_slice(text);
-            }
-        }
-        out.freeze()
+        header
     }
 
     /// Reads the header of a row; the detail stays there.
