@@ -533,7 +533,8 @@ async fn drain(op: Op, map: Arc<ShardMap>, asker: Asker) -> Done {
             match ask(lane, op.clone(), asker).await {
                 Ok(Outcome::Moved { count, next }) => {
                     total += count;
-                    let Some(next) = next else { break };
+                    // Nothing moved although there may be more: what is left cannot be (its unique key is held).
+                    let Some(next) = next.filter(|_| count > 0) else { break };
                     if let Action::DeadRetryAll { until } = &mut op.action {
                         *until = Some(next);
                     }
