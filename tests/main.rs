@@ -24,3 +24,5 @@ mod reference;
 mod support;
 /// The tree keeps its own rules: floors, headers, nothing left for later.
 mod tidy;
+/// `goflow worker`: handlers in three languages, and every way in which one may end.
+mod worker;
