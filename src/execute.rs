@@ -19,6 +19,8 @@ use crate::dispatch::lane::{Hold, Lane, Leased, new_tokens};
 use crate::dispatch::waiting::Ticket;
 use crate::dispatch::{Dispatcher, ShardMap};
 use crate::error::{Code, Error, Happened, Result};
+use crate::forward::park::GiveBack;
+use crate::forward::{Forwarded, Started};
 use crate::job::{JobRef, Lease, Name, format_id};
 use crate::resp::reply::{Protocol, Reply, put_header};
 use crate::shard::{Action, Op, Outcome, Placed};
@@ -32,10 +34,29 @@ pub struct Asker {
     pub block_ms_max: Millis,
 }
 
+/// What is undone when it is dropped before it is settled: the client never got what it stands for.
+#[derive(Debug)]
+pub enum Keep {
+    Jobs(Hold),
+    Elements(GiveBack),
+}
+
+impl Keep {
+    /// The client has it.
+    pub fn settle(self) {
+        match self {
+            Keep::Jobs(hold) => hold.settle(),
+            Keep::Elements(back) => back.settle(),
+        }
+    }
+}
+
 /// A finished answer.
 #[derive(Debug)]
 pub enum Done {
     Reply(Reply),
+    /// What a blocking command took.
+    Taken(Reply, GiveBack),
     /// One job, written as a map.
     Delivery(Leased),
     /// Several jobs, written as an array of maps.
@@ -43,18 +64,22 @@ pub enum Done {
 }
 
 impl Done {
-    /// Appends the reply; what is returned must be settled once the client has it, or dropped to give the jobs back.
-    pub fn write(self, protocol: Protocol, out: &mut BytesMut) -> Vec<Hold> {
+    /// Appends the reply; what is returned must be settled once the client has it, or dropped to undo it.
+    pub fn write(self, protocol: Protocol, out: &mut BytesMut) -> Vec<Keep> {
         match self {
             Done::Reply(reply) => {
                 reply.encode(protocol, out);
                 Vec::new()
             }
+            Done::Taken(reply, back) => {
+                reply.encode(protocol, out);
+                vec![Keep::Elements(back)]
+            }
             Done::Delivery(leased) => {
                 for delivery in &leased.deliveries {
                     job::put_delivery(out, delivery, &leased.queue, &leased.shard, protocol);
                 }
-                vec![leased.hold]
+                vec![Keep::Jobs(leased.hold)]
             }
             Done::Deliveries(groups) => {
                 put_header(out, b'*', groups.iter().map(|leased| leased.deliveries.len()).sum());
@@ -63,7 +88,7 @@ impl Done {
                         job::put_delivery(out, delivery, &leased.queue, &leased.shard, protocol);
                     }
                 }
-                groups.into_iter().map(|leased| leased.hold).collect()
+                groups.into_iter().map(|leased| Keep::Jobs(leased.hold)).collect()
             }
         }
     }
@@ -90,6 +115,8 @@ pub enum Answer {
         leased: oneshot::Receiver<Result<Leased>>,
         many: bool,
     },
+    /// An ordinary command on its way; requests behind it go on.
+    Forward(Forwarded),
     /// Several steps; requests behind it wait.
     Later(Later),
     /// The same, and it waits for something that may never come: it ends when the client goes away or is unblocked.
@@ -187,7 +214,27 @@ impl Answer {
                 let leased = ready!(Pin::new(leased).poll(context)).unwrap_or_else(|_| Err(lane_gone()));
                 Poll::Ready(deliver(leased, *many))
             }
+            Answer::Forward(forwarded) => {
+                let reply = ready!(Pin::new(forwarded).poll(context));
+                Poll::Ready(reply.map(Reply::Raw).into())
+            }
             Answer::Later(later) | Answer::Waiting(later) => later.as_mut().poll(context),
+        }
+    }
+}
+
+impl From<Started> for Answer {
+    fn from(started: Started) -> Answer {
+        match started {
+            Started::Reply(reply) => Answer::reply(reply),
+            Started::Forward(forwarded) => Answer::Forward(forwarded),
+            Started::Later(later) => Answer::Later(Box::pin(async move { Done::Reply(later.await) })),
+            Started::Waiting(waiting) => Answer::Waiting(Box::pin(async move {
+                match waiting.await {
+                    (reply, Some(back)) => Done::Taken(reply, back),
+                    (reply, None) => Done::Reply(reply),
+                }
+            })),
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::command::{Ask, Limits};
 use crate::dispatch::Dispatcher;
 use crate::error::{Code, Error, Result};
 use crate::execute::Answer;
+use crate::forward::Forwarding;
 use crate::metrics::Metrics;
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::Bounds;
@@ -63,6 +64,7 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 /// The shared part of all sessions.
 pub struct Process {
     pub dispatcher: Arc<Dispatcher>,
+    pub forwarding: Arc<Forwarding>,
     pub limits: Arc<Limits>,
     pub bounds: Bounds,
     pub auth: Auth,

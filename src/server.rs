@@ -23,6 +23,7 @@ use crate::command::{self, Limits};
 use crate::dispatch::router::Strategy;
 use crate::dispatch::{Dispatcher, MapStamp, ShardEntry, sampler};
 use crate::error::{Code, Error};
+use crate::forward::Forwarding;
 use crate::http;
 use crate::metrics::Metrics;
 use crate::process::{Auth, Process, Pulse};
@@ -52,6 +53,8 @@ pub struct Setup {
     pub auth: Auth,
     pub settings: Vec<(String, String)>,
     pub slow: Duration,
+    /// Ordinary commands, upper case, that pass although they are refused otherwise.
+    pub allowed: Vec<String>,
 }
 
 /// Serves until a signal ends it. An error says why it could not start.
@@ -62,8 +65,10 @@ pub fn serve(setup: Setup) -> io::Result<()> {
     let names = command::rows().iter().map(|row| row.spec.name);
     let metrics = Arc::new(Metrics::new(names).map_err(io::Error::other)?);
     let dispatcher = Dispatcher::new(setup.shards, setup.map, setup.strategy);
+    let dispatcher = Arc::new(dispatcher);
     let process = Arc::new(Process {
-        dispatcher: Arc::new(dispatcher),
+        forwarding: Forwarding::new(dispatcher.clone(), setup.allowed),
+        dispatcher,
         limits: Arc::new(setup.limits),
         bounds: setup.bounds,
         auth: setup.auth,

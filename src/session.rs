@@ -21,10 +21,12 @@ use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
 use crate::clients::{Peer, Unblock};
+use crate::command::ordinary;
 use crate::command::{self, Connection, Context, Plan, ReplyMode};
-use crate::dispatch::lane::Hold;
 use crate::error::{Code, Error};
-use crate::execute::{Answer, Asker, Done, execute};
+use crate::execute::{Answer, Asker, Done, Keep, execute};
+use crate::forward::conversation::Conversation;
+use crate::forward::{Request, Ways};
 use crate::process::Process;
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::{Bounds, Parsed, Parser};
@@ -64,6 +66,7 @@ struct Session<S> {
     process: Arc<Process>,
     asker: Asker,
     context: Context,
+    conversation: Conversation,
     authenticated: bool,
     parser: Parser,
     words: Vec<Bytes>,
@@ -76,7 +79,7 @@ struct Session<S> {
     output: BytesMut,
     /// Bytes ever written to the socket, and what is settled once so many are out.
     written: u64,
-    holds: VecDeque<(u64, Vec<Hold>)>,
+    holds: VecDeque<(u64, Vec<Keep>)>,
     reply_mode: ReplyMode,
     /// When the socket was last looked at: the time of all requests that came then.
     now: Instant,
@@ -86,8 +89,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     fn new(socket: S, peer: Arc<Peer>, process: Arc<Process>) -> Session<S> {
         let authenticated = !process.auth.is_needed();
         let bounds = if authenticated { process.bounds } else { Bounds::UNAUTHENTICATED };
+        let bell = peer.clone();
+        let ways = Ways::of_thread(&process.forwarding);
         Session {
             socket,
+            conversation: Conversation::new(ways, peer.id, Arc::new(move || bell.waker.wake())),
             asker: Asker { session: peer.id, block_ms_max: process.limits.block_ms_max },
             context: Context { protocol: Protocol::Resp2, client_id: peer.id, limits: process.limits.clone() },
             peer,
@@ -119,12 +125,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 self.closing = true;
             }
             self.now = Instant::now();
+            // Looked at before its answer is, so that a client that is gone is not given what it waited for.
+            if matches!(self.pending.front(), Some(Pending { answer: Answer::Waiting(_), .. })) {
+                if let Poll::Ready(Err(error)) = self.read(context) {
+                    return Poll::Ready(Err(error));
+                }
+                if self.input_ended {
+                    return Poll::Ready(Ok(()));
+                }
+            }
             self.resolve(context);
-            self.start_requests();
-            // A request that was answered at once is written in the same round.
-            self.resolve(context);
-            if let Poll::Ready(Err(error)) = self.flush(context) {
-                return Poll::Ready(Err(error));
+            // A request that was answered at once is written in the same round, and lets those behind it start.
+            while self.start_requests() {
+                self.resolve(context);
+            }
+            if !self.take_messages() {
+                return Poll::Ready(Err(io::Error::other("a subscriber that does not read")));
+            }
+            let was_full = self.output.len() >= OUTPUT_PAUSE;
+            match self.flush(context) {
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                // What the full output held up goes on.
+                Poll::Ready(Ok(())) if was_full => continue,
+                Poll::Ready(Ok(())) | Poll::Pending => {}
             }
             if (self.closing || self.input_ended) && self.pending.is_empty() && self.output.is_empty() {
                 return Poll::Ready(Ok(()));
@@ -195,8 +218,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         }
     }
 
-    /// Parses and starts what was read, as far as the bounds and a waiting answer allow.
-    fn start_requests(&mut self) {
+    /// Parses and starts what was read, as far as the bounds and a waiting answer allow; false when that was nothing.
+    fn start_requests(&mut self) -> bool {
+        let mut started = false;
         while !self.closing
             && self.pending.len() < PIPELINE_MAX
             && self.output.len() < OUTPUT_PAUSE
@@ -204,18 +228,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         {
             let mut words = std::mem::take(&mut self.words);
             match self.parser.next(&mut self.input, &mut words) {
-                Ok(Parsed::Request) => self.start(&words),
+                Ok(Parsed::Request) => {
+                    self.start(&words);
+                    started = true;
+                }
                 Ok(Parsed::Incomplete) => {
                     self.words = words;
-                    return;
+                    break;
                 }
                 Err(error) => {
                     self.push(Answer::reply(error.reply()));
                     self.closing = true;
+                    started = true;
                 }
             }
             self.words = words;
         }
+        started
     }
 
     fn push(&mut self, answer: Answer) {
@@ -236,16 +265,37 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         self.pending.push_back(Pending { answer, protocol, mute, row, began: self.now });
     }
 
+    /// Moves messages of subscriptions to the output; false when the client fell too far behind.
+    fn take_messages(&mut self) -> bool {
+        match self.conversation.inbox() {
+            Some(inbox) if self.output.len() < OUTPUT_PAUSE => inbox.drain(&mut self.output),
+            _ => true,
+        }
+    }
+
     fn start(&mut self, words: &[Bytes]) {
+        let protocol = self.context.protocol;
+        if self.authenticated
+            && let Some(row) = words.first().and_then(|name| ordinary::find(name))
+        {
+            self.peer.note_command(row.name);
+            let started = self.conversation.start(Request { row, words, raw: self.parser.raw(), protocol });
+            return self.push(started.into());
+        }
         let row = match command::find(words) {
-            Err(error) if self.authenticated => return self.push(Answer::reply(error.into())),
+            Err(error) if self.authenticated => {
+                let started = self.conversation.start_unknown(words, protocol, error);
+                return self.push(started.into());
+            }
             Err(_) => return self.push(Answer::reply(no_auth())),
             Ok(row) => row,
         };
         self.peer.note_command(row.name);
-        let answer = match self.authenticated || row.is_allowed_before_auth() {
-            false => Answer::reply(no_auth()),
-            true => match row.plan(words, &self.context) {
+        let intercepted = self.conversation.intercept(row.spec.name, words, protocol);
+        let answer = match (self.authenticated || row.is_allowed_before_auth(), intercepted) {
+            (false, _) => Answer::reply(no_auth()),
+            (true, Some(started)) => started.into(),
+            (true, None) => match row.plan(words, &self.context) {
                 Err(error) => Answer::reply(error.into()),
                 Ok(Plan::Connection(change)) => return self.change(change),
                 Ok(Plan::Ask(ask)) => self.process.answer(ask),
@@ -350,6 +400,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     }
 
     fn reset(&mut self) -> Reply {
+        self.conversation.reset();
         self.context.protocol = Protocol::Resp2;
         self.peer.resp3.store(false, Ordering::Relaxed);
         self.peer.set_labels(|labels| labels.name = Bytes::new());
@@ -377,7 +428,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             && *end <= self.written
             && let Some((_, holds)) = self.holds.pop_front()
         {
-            holds.into_iter().for_each(Hold::settle);
+            holds.into_iter().for_each(Keep::settle);
         }
         if self.output.capacity() > 2 * OUTPUT_PAUSE {
             self.output = BytesMut::new();

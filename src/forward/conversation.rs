@@ -28,8 +28,8 @@ const QUEUED_MAX: usize = 65_536;
 const QUEUED_BYTES_MAX: usize = 64 << 20;
 /// How long a shard may take to confirm a subscription.
 const SUBSCRIBE_WAIT: Duration = Duration::from_secs(5);
-/// What may be said in a transaction beside ordinary commands, as any server answers it.
-const QUEUEABLE: [&[u8]; 3] = [b"PING", b"ECHO", b"TIME"];
+/// What may be said in a transaction beside ordinary commands, as any server answers it: with fewest and most words.
+const QUEUEABLE: [(&str, usize, usize); 3] = [("PING", 1, usize::MAX), ("ECHO", 2, 2), ("TIME", 1, 1)];
 
 /// A transaction between `MULTI` and `EXEC`.
 #[derive(Default)]
@@ -124,8 +124,15 @@ impl Conversation {
         }
         let queue = self.queue.as_mut()?;
         let selects_zero = name == "SELECT" && words.get(1).is_some_and(|word| word.as_ref() == b"0");
-        if QUEUEABLE.contains(&name.as_bytes()) || selects_zero {
-            return Some(queue.push(words));
+        match QUEUEABLE.iter().find(|(known, ..)| *known == name) {
+            Some((_, least, most)) if (*least..=*most).contains(&words.len()) => return Some(queue.push(words)),
+            None if selects_zero => return Some(queue.push(words)),
+            Some(_) => {
+                queue.spoilt = true;
+                let lower = name.to_ascii_lowercase();
+                return Some(Error::bad(format!("wrong number of arguments for '{lower}' command")).into());
+            }
+            None => {}
         }
         queue.spoilt = true;
         Some(Error::bad(format!("{name} is not for transactions")).into())
@@ -155,10 +162,17 @@ impl Conversation {
     fn transaction(&mut self, step: Step, request: Request<'_>) -> Started {
         let Request { row, words, protocol, .. } = request;
         if !row.has_arity(words.len()) {
+            let error = row.wrong_arity();
+            if step == Step::Exec {
+                self.queue = None;
+                self.unwatch();
+                let text = format!("Transaction discarded because of: {}", error.text);
+                return Error::new(Code::ExecAbort, text).into();
+            }
             if let Some(queue) = &mut self.queue {
                 queue.spoilt = true;
             }
-            return row.wrong_arity().into();
+            return error.into();
         }
         match (step, self.queue.take()) {
             (Step::Multi, None) => {
@@ -186,7 +200,7 @@ impl Conversation {
 
     fn enqueue(&mut self, row: &'static Row, words: &[Bytes]) -> Started {
         let shard = self.shard_in_transaction(row, words);
-        let Some(queue) = &mut self.queue else { return Started::Nothing };
+        let queue = self.queue.get_or_insert_default();
         match shard {
             Ok(None) => queue.push(words),
             Ok(Some(shard)) if *queue.shard.get_or_insert(shard) == shard => queue.push(words),
@@ -214,6 +228,7 @@ impl Conversation {
                 check_key(channel)?;
                 return Ok(Some(self.ways.home(channel)));
             }
+            How::Channel(Talk::Ask) if self.ways.shards() == 1 => {}
             How::Channel(_) => return Err(Error::bad(format!("{} is not for transactions", row.name))),
             How::Pass | How::Count | How::Mget | How::Mset | How::Block(_) | How::Transaction(_) => {}
             _ if self.ways.shards() == 1 => {}
@@ -383,7 +398,9 @@ impl Conversation {
 
     fn publish(&mut self, kind: Kind, request: Request<'_>) -> Started {
         let Request { words, protocol, raw, .. } = request;
-        let [_, channel, payload] = words else { return Started::Nothing };
+        let (Some(channel), Some(payload)) = (words.get(1), words.get(2)) else {
+            return request.row.wrong_arity().into();
+        };
         if is_own(channel) {
             return Error::new(Code::NoPerm, "channels that begin with 'goflow:' are the proxy's own").into();
         }

@@ -344,8 +344,6 @@ pub enum Started {
     Later(BoxFuture<'static, Reply>),
     /// The same, and it waits for something that may never come.
     Waiting(BoxFuture<'static, (Reply, Option<park::GiveBack>)>),
-    /// Nothing is answered.
-    Nothing,
 }
 
 impl std::convert::From<Error> for Started {

@@ -48,6 +48,18 @@ struct Spot {
     line: VecDeque<Arc<Notify>>,
     /// The next change of the key will be heard, and none was since this was set.
     armed: bool,
+    /// Nothing was found there after it was armed, so nobody need look before it changes.
+    settled: bool,
+}
+
+impl Spot {
+    /// Something may be there: the first in line looks.
+    fn stir(&mut self) {
+        (self.armed, self.settled) = (false, false);
+        if let Some(front) = self.line.front() {
+            front.notify_one();
+        }
+    }
 }
 
 type Spots = HashMap<Bytes, Spot, RandomState>;
@@ -156,20 +168,12 @@ fn invalidated(push: &Bytes) -> Option<Option<Vec<Bytes>>> {
 
 fn changed(spots: &Mutex<Spots>, key: &[u8]) {
     if let Some(spot) = lock(spots).get_mut(key) {
-        spot.armed = false;
-        if let Some(front) = spot.line.front() {
-            front.notify_one();
-        }
+        spot.stir();
     }
 }
 
 fn forget_arms(spots: &Mutex<Spots>) {
-    for spot in lock(spots).values_mut() {
-        spot.armed = false;
-        if let Some(front) = spot.line.front() {
-            front.notify_one();
-        }
-    }
+    lock(spots).values_mut().for_each(Spot::stir);
 }
 
 /// A client's places in the lines of its keys; leaves them when dropped.
@@ -179,24 +183,32 @@ struct Standing {
 }
 
 impl Standing {
-    fn join(keys: &[(Arc<Park>, Bytes)]) -> Standing {
+    fn join(keys: Vec<(Arc<Park>, Bytes)>) -> Standing {
         let bell = Arc::new(Notify::new());
-        let mut places: Vec<(Arc<Park>, Bytes)> = Vec::new();
-        for (park, key) in keys {
-            if places.iter().any(|(_, known)| known == key) {
-                continue;
+        for (place, (park, key)) in keys.iter().enumerate() {
+            // A key that is named twice has one place in line.
+            if keys[..place].iter().all(|(_, earlier)| earlier != key) {
+                lock(&park.spots).entry(key.clone()).or_default().line.push_back(bell.clone());
             }
-            lock(&park.spots).entry(key.clone()).or_default().line.push_back(bell.clone());
-            places.push((park.clone(), key.clone()));
         }
-        Standing { bell, places }
+        Standing { bell, places: keys }
     }
 
-    /// Whether the client is at the front for the key, and whether the key is armed.
-    fn state(&self, park: &Park, key: &Bytes) -> (bool, bool) {
+    /// Whether the client is at the front for the key, and whether something may be there.
+    fn state(&self, place: usize) -> (bool, bool) {
+        let Some((park, key)) = self.places.get(place) else { return (false, false) };
         let spots = lock(&park.spots);
         let Some(spot) = spots.get(key) else { return (false, false) };
-        (spot.line.front().is_some_and(|front| Arc::ptr_eq(front, &self.bell)), spot.armed)
+        (spot.line.front().is_some_and(|front| Arc::ptr_eq(front, &self.bell)), !spot.settled)
+    }
+
+    /// Nothing was found there: until the key changes, nobody need look. False when it has changed meanwhile.
+    fn settle(&self, place: usize) -> bool {
+        let Some((park, key)) = self.places.get(place) else { return true };
+        lock(&park.spots).get_mut(key).is_none_or(|spot| {
+            spot.settled = spot.armed;
+            spot.settled
+        })
     }
 }
 
@@ -205,13 +217,14 @@ impl Drop for Standing {
         for (park, key) in &self.places {
             let mut spots = lock(&park.spots);
             let Some(spot) = spots.get_mut(key) else { continue };
+            // A key named twice is left once.
             let was_front = spot.line.front().is_some_and(|front| Arc::ptr_eq(front, &self.bell));
             spot.line.retain(|bell| !Arc::ptr_eq(bell, &self.bell));
             match spot.line.front() {
                 None => {
                     spots.remove(key);
                 }
-                Some(next) if was_front && !spot.armed => next.notify_one(),
+                Some(next) if was_front && !spot.settled => next.notify_one(),
                 Some(_) => {}
             }
         }
@@ -259,7 +272,12 @@ pub fn start(ways: &Arc<Ways>, wait: Wait, request: Request<'_>) -> Started {
         Some(limit) => limit,
     };
     match Waiter::new(ways, wait, request) {
-        Ok(waiter) => Started::Waiting(Box::pin(waiter.wait(limit))),
+        // Without a key there is nothing to wait for: the server says what is wrong.
+        Ok(waiter) if waiter.keys.is_empty() => Started::Forward(ways.attempt(0, protocol, words.to_vec())),
+        Ok(waiter) => {
+            let standing = waiter.stand();
+            Started::Waiting(Box::pin(waiter.wait(standing, limit)))
+        }
         Err(error) => error.into(),
     }
 }
@@ -350,36 +368,38 @@ impl Waiter {
         None
     }
 
-    async fn wait(mut self, limit: Duration) -> (Reply, Option<GiveBack>) {
+    /// Stands in line for every key. Done when the request is started, so that the order is that of the requests.
+    fn stand(&self) -> Standing {
+        let keys = self.keys.iter().map(|(shard, key, _)| (self.ways.shared.park(*shard).clone(), key.clone()));
+        Standing::join(keys.collect())
+    }
+
+    async fn wait(mut self, standing: Standing, limit: Duration) -> (Reply, Option<GiveBack>) {
         let deadline = Instant::now() + limit;
         if self.kind == Kind::Streams
             && let Err(error) = self.pin_last_ids().await
         {
             return (error.into(), None);
         }
-        let spots: Vec<(Arc<Park>, Bytes)> =
-            self.keys.iter().map(|(shard, key, _)| (self.ways.shared.park(*shard).clone(), key.clone())).collect();
-        let is_free = |place: usize| !lock(&spots[place].0.spots).contains_key(&spots[place].1);
-        if let Some(found) = self.attempt(is_free).await {
-            return found;
-        }
-        let standing = Standing::join(&spots);
-        let state = |place: usize| standing.state(&spots[place].0, &spots[place].1);
-        let restless = |place: usize| state(place) == (true, false);
-        let (mut polled, mut woken) = (false, false);
+        let places = 0..standing.places.len();
+        let at_front = |place: usize| standing.state(place).0;
+        let restless = |place: usize| standing.state(place) == (true, true);
+        let (mut polled, mut woken) = (false, true);
         loop {
-            let open: Vec<usize> = (0..spots.len()).filter(|at| restless(*at) || (polled && state(*at).0)).collect();
+            let open: Vec<usize> = places.clone().filter(|at| restless(*at) || (polled && at_front(*at))).collect();
             if woken && let Some(found) = self.attempt(|at| open.contains(&at)).await {
                 return found;
             }
             let mut heard = true;
             for at in &open {
-                heard &= spots[*at].0.arm(&spots[*at].1).await;
+                let (park, key) = &standing.places[*at];
+                heard &= park.arm(key).await;
             }
-            if let Some(found) = self.attempt(|at| open.contains(&at) && state(at).0).await {
+            if let Some(found) = self.attempt(|at| open.contains(&at)).await {
                 return found;
             }
-            woken = heard && (0..spots.len()).any(restless);
+            let still = open.iter().filter(|at| !standing.settle(**at)).count() == 0;
+            woken = heard && !still;
             if woken {
                 continue;
             }

@@ -1,0 +1,429 @@
+//! Ordinary commands through GoFlow: the same bytes as from Redis itself, over one shard; their meaning, over several.
+//!
+//! `the_replies_are_those_of_redis_byte_for_byte` draws sequences of commands from every family, some of them broken on
+//! purpose, sends each to GoFlow over one Redis shard and to another Redis beside it, and compares what comes back. It runs
+//! `GOFLOW_FORWARD_SEQUENCES` sequences (2,000 by default); a failure names its seed, which `GOFLOW_FORWARD_SEED` repeats.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use goflow::resp::scan::{ScanState, reply_end};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use crate::eventually;
+use crate::support::goflow::Goflow;
+use crate::support::servers::{Flavour, Server};
+use crate::support::wire::{Value, Wire, encode};
+
+/// Shards and a GoFlow over them.
+struct Farm {
+    shards: Vec<Server>,
+    goflow: Goflow,
+}
+
+fn farm(shards: usize) -> Farm {
+    let shards: Vec<Server> = (0..shards).map(|_| Server::start(Flavour::Redis7, &[])).collect();
+    let urls: Vec<String> = shards.iter().enumerate().map(|(at, shard)| format!("s{at}={}", shard.url())).collect();
+    let args: Vec<&str> = urls.iter().flat_map(|url| ["--shard", url]).collect();
+    let mut goflow = Goflow::start(&args);
+    // The test servers keep nothing, and it says so.
+    goflow.expect_log("WARN");
+    Farm { shards, goflow }
+}
+
+/// A connection whose replies are kept as bytes.
+struct Plain {
+    stream: TcpStream,
+    unread: Vec<u8>,
+}
+
+impl Plain {
+    fn connect(address: &str) -> Plain {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        Plain { stream, unread: Vec::new() }
+    }
+
+    fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).unwrap();
+    }
+
+    fn reply(&mut self) -> Vec<u8> {
+        self.try_reply().expect("a reply comes in time")
+    }
+
+    /// `None` when none comes in time.
+    fn try_reply(&mut self) -> Option<Vec<u8>> {
+        let mut scan = ScanState::default();
+        loop {
+            if let Some(end) = reply_end(&self.unread, &mut scan).unwrap() {
+                return Some(self.unread.drain(..end).collect());
+            }
+            let mut chunk = [0; 16 << 10];
+            let count = self.stream.read(&mut chunk).ok()?;
+            assert!(count > 0, "closed; unread: {:?}", String::from_utf8_lossy(&self.unread));
+            self.unread.extend_from_slice(&chunk[..count]);
+        }
+    }
+}
+
+/// One line for each command with its arguments: `$k` a key, `$v` a value, `$i` a small integer, `$f` a field, `$s` a
+/// score, `$n` a count of 1 or 2, `$x` a stream's entry.
+const TEMPLATES: &str = "
+LPUSH $k $v|RPUSH $k $v $v $v|LPUSHX $k $v|RPUSHX $k $v|LPOP $k|RPOP $k $n|LLEN $k|LRANGE $k $i $i|LINDEX $k $i|LSET $k $i $v
+LINSERT $k BEFORE $v $v|LREM $k $i $v|LTRIM $k $i $i|LPOS $k $v RANK 1|LMOVE $k $k LEFT RIGHT|RPOPLPUSH $k $k|LMPOP 2 $k $k LEFT COUNT $n
+BLPOP $k $k 0.01|BRPOP $k 0.01|BLMOVE $k $k RIGHT LEFT 0.01|BRPOPLPUSH $k $k 0.01|BLMPOP 0.01 2 $k $k RIGHT COUNT 2
+BLPOP $k -1|BLPOP $k abc|BLMPOP 0.01 0 $k LEFT|BZPOPMIN $k 0.01|BZPOPMAX $k $k 0.01|BZMPOP 0.01 1 $k MIN COUNT $n
+DEL $k|DEL $k $k $k|UNLINK $k $k|EXISTS $k $k|TOUCH $k $k|TYPE $k|EXPIRE $k 1000|EXPIREAT $k 4000000000|EXPIRETIME $k|PEXPIREAT $k 4000000000000 NX
+PERSIST $k|DUMP $k|RENAME $k $k|RENAMENX $k $k|COPY $k $k REPLACE|SORT $k ALPHA|SORT $k LIMIT 0 2 STORE $k|OBJECT ENCODING $k|OBJECT HELP
+GET $k|SET $k $v|SET $k $v XX GET|SET $k $v EX 1000|SETNX $k $v|SETEX $k 1000 $v|SETEX $k 0 $v|PSETEX $k 100000 $v|GETSET $k $v|GETDEL $k|GETEX $k PERSIST
+GETRANGE $k $i $i|SETRANGE $k 2 $v|STRLEN $k|APPEND $k $v|INCR $k|DECR $k|INCRBY $k $i|DECRBY $k $i|INCRBYFLOAT $k 1.5|MGET $k $k $k|MSET $k $v $k $v
+MSETNX $k $v $k $v|LCS $k $k|GETBIT $k $i|SETBIT $k 3 1|BITCOUNT $k|BITPOS $k 1|BITFIELD $k GET u8 0|BITOP AND $k $k $k|PFADD $k $v|PFCOUNT $k $k|PFMERGE $k $k
+HSET $k $f $v $f $v|HSETNX $k $f $v|HMSET $k $f $v|HGET $k $f|HMGET $k $f $f|HGETALL $k|HDEL $k $f|HEXISTS $k $f|HLEN $k|HKEYS $k|HVALS $k|HSTRLEN $k $f
+HINCRBY $k $f $i|HINCRBYFLOAT $k $f 0.5|HSCAN $k 0|SADD $k $i $i|SREM $k $i|SCARD $k|SMEMBERS $k|SISMEMBER $k $i|SMISMEMBER $k $i $i|SMOVE $k $k $i
+SDIFF $k $k|SINTER $k $k|SUNION $k $k|SDIFFSTORE $k $k $k|SINTERSTORE $k $k $k|SUNIONSTORE $k $k $k|SINTERCARD 2 $k $k|SSCAN $k 0
+ZADD $k $s $v $s $v|ZADD $k NX CH $s $v|ZREM $k $v|ZCARD $k|ZCOUNT $k -inf +inf|ZSCORE $k $v|ZMSCORE $k $v $v|ZRANK $k $v|ZREVRANK $k $v|ZINCRBY $k $s $v
+ZRANGE $k 0 -1 WITHSCORES|ZRANGE $k $i $i REV|ZREVRANGE $k 0 -1|ZRANGEBYSCORE $k -inf $s|ZRANGEBYLEX $k - +|ZREMRANGEBYRANK $k 0 0|ZPOPMIN $k|ZPOPMAX $k $n
+ZRANGESTORE $k $k 0 -1|ZMPOP 1 $k MIN|ZDIFF 2 $k $k|ZINTER 2 $k $k WITHSCORES|ZUNION 1 $k|ZUNIONSTORE $k 2 $k $k WEIGHTS 1 2|ZINTERSTORE $k 1 $k|ZSCAN $k 0
+GEOADD $k 13.361389 38.115556 $v|GEOPOS $k $v|GEODIST $k $v $v km|GEOSEARCH $k FROMLONLAT 15 37 BYRADIUS 200 km ASC
+XADD $k $x $f $v|XADD $k NOMKSTREAM $x $f $v|XLEN $k|XRANGE $k - +|XREVRANGE $k + - COUNT 1|XDEL $k $x|XTRIM $k MAXLEN 2|XREAD COUNT 2 STREAMS $k $k 0 0
+XREAD BLOCK 10 STREAMS $k $|XREAD BLOCK 10 STREAMS $k 0|XGROUP CREATE $k g 0 MKSTREAM|XGROUP DESTROY $k g|XREADGROUP GROUP g c STREAMS $k >
+XREADGROUP GROUP g c BLOCK 10 STREAMS $k >|XREADGROUP GROUP g c STREAMS $k 0|XACK $k g $x|XPENDING $k g|XINFO GROUPS $k|XINFO STREAM $k|XSETID $k $x
+EVAL return_redis.call('get',KEYS[1]) 1 $k|EVAL return_{1,2,{3,'a'}} 0|EVAL return_redis.error_reply('MY_error') 0|EVAL nonsense( 0|EVALSHA 0123456789012345678901234567890123456789 1 $k
+SCRIPT EXISTS 0123456789012345678901234567890123456789|SCRIPT LOAD return_1|FCALL nosuch 1 $k|FUNCTION LIST|EVAL return_1 -1|EVAL return_1 9 $k|KEYS $k*|KEYS nosuch
+NOSUCH a b|GET|HSET $k $f|ECHO $v|PING|PING $v|PUBSUB NUMPAT|PUBLISH nobody $v|MULTI|MULTI|EXEC|EXEC|DISCARD|WATCH $k|UNWATCH|SETBIT $k -1 1|LPOP $k -1";
+
+/// Replies whose elements come in no certain order.
+const UNORDERED: [&str; 5] = ["SMEMBERS", "SDIFF", "SINTER", "SUNION", "KEYS"];
+
+fn fill(template: &str, sequence: u64, random: &mut SmallRng) -> Vec<Vec<u8>> {
+    let mut word = |word: &str| -> String {
+        match word {
+            "$k" => format!("s{sequence}:k{}", random.random_range(0..6)),
+            "$v" => ["1", "two", "3.5", "", "a b", "\r\n", "é\u{0}x"][random.random_range(0..7)].into(),
+            "$i" => random.random_range(-3..6).to_string(),
+            "$f" => format!("f{}", random.random_range(0..3)),
+            "$s" => ["1", "-2.5", "inf", "1e3", "nan"][random.random_range(0..5)].into(),
+            "$n" => random.random_range(1..3).to_string(),
+            "$x" => format!("{}-{}", random.random_range(1..9), random.random_range(0..3)),
+            other => other.replace('_', " "),
+        }
+    };
+    template.split(' ').map(|part| word(part).into_bytes()).collect()
+}
+
+/// Now and then an argument too few, too many, or of another kind.
+fn damage(words: &mut Vec<Vec<u8>>, random: &mut SmallRng) {
+    // An unknown subcommand in a transaction is refused by EXEC and not when it is queued: by design.
+    let has_subcommands =
+        ["OBJECT", "XGROUP", "XINFO", "SCRIPT", "FUNCTION", "PUBSUB"].iter().any(|name| words[0] == name.as_bytes());
+    match random.random_range(0..if has_subcommands { 1_000_000 } else { 30 }) {
+        4.. => {}
+        0 if words.len() > 1 => drop(words.pop()),
+        1 => words.push(b"more".to_vec()),
+        2 if words.len() > 1 => {
+            let at = random.random_range(1..words.len());
+            words[at] = b"other".to_vec();
+        }
+        3 => words[0] = words[0].to_ascii_lowercase(),
+        _ => {}
+    }
+}
+
+fn sequence(number: u64, random: &mut SmallRng) -> Vec<Vec<Vec<u8>>> {
+    let templates: Vec<&str> = TEMPLATES.trim().split(['|', '\n']).collect();
+    let length = random.random_range(5..40);
+    let pick = |random: &mut SmallRng| {
+        let mut words = fill(templates[random.random_range(0..templates.len())], number, random);
+        damage(&mut words, random);
+        words
+    };
+    (0..length).map(|_| pick(random)).collect()
+}
+
+/// The reply with the elements of an unordered one sorted.
+fn comparable(name: &[u8], reply: &[u8]) -> Vec<u8> {
+    let is_unordered = UNORDERED.iter().any(|known| name.eq_ignore_ascii_case(known.as_bytes()));
+    if !is_unordered || !matches!(reply.first(), Some(b'*' | b'~')) {
+        return reply.to_vec();
+    }
+    let head = reply.iter().position(|byte| *byte == b'\n').unwrap() + 1;
+    let (mut rest, mut items) = (&reply[head..], Vec::new());
+    while let Ok(Some(end)) = reply_end(rest, &mut ScanState::default()) {
+        items.push(&rest[..end]);
+        rest = &rest[end..];
+    }
+    items.sort();
+    [&reply[..head], &items.concat()].concat()
+}
+
+#[test]
+fn the_replies_are_those_of_redis_byte_for_byte() {
+    let sequences: u64 = std::env::var("GOFLOW_FORWARD_SEQUENCES").map_or(2_000, |text| text.parse().unwrap());
+    let seed: u64 = std::env::var("GOFLOW_FORWARD_SEED").map_or_else(|_| rand::random(), |text| text.parse().unwrap());
+    let beside = Server::start(Flavour::Redis7, &[]);
+    let farm = farm(1);
+    for number in 0..sequences {
+        let mut random = SmallRng::seed_from_u64(seed.wrapping_add(number));
+        let requests = sequence(number, &mut random);
+        let (mut ours, mut theirs) = (Plain::connect(farm.goflow.address()), Plain::connect(&beside.address()));
+        if random.random() {
+            for plain in [&mut ours, &mut theirs] {
+                plain.send(&encode(&["HELLO", "3"]));
+                plain.reply();
+            }
+        }
+        let at_once: bool = random.random();
+        if at_once {
+            let all: Vec<u8> = requests.iter().flat_map(|words| encode(words)).collect();
+            ours.send(&all);
+            theirs.send(&all);
+        }
+        let mut unordered_in_transaction = false;
+        for words in &requests {
+            if !at_once {
+                ours.send(&encode(words));
+                theirs.send(&encode(words));
+            }
+            let their = theirs.reply();
+            let our = ours.try_reply().unwrap_or_default();
+            unordered_in_transaction |= their == b"+QUEUED\r\n";
+            if unordered_in_transaction && words[0].eq_ignore_ascii_case(b"EXEC") {
+                // Sets in a transaction's reply have no certain order either.
+                unordered_in_transaction = false;
+                assert_eq!(our.len(), their.len(), "seed {}: EXEC", seed.wrapping_add(number));
+                continue;
+            }
+            let show = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            assert_eq!(
+                show(&comparable(&words[0], &our)),
+                show(&comparable(&words[0], &their)),
+                "seed {}: {:?}\nafter {:?}",
+                seed.wrapping_add(number),
+                words.iter().map(|word| show(word)).collect::<Vec<_>>(),
+                requests
+                    .iter()
+                    .map(|words| words.iter().map(|word| show(word)).collect::<Vec<_>>().join(" "))
+                    .collect::<Vec<_>>(),
+            );
+        }
+    }
+}
+
+fn array(items: &[&str]) -> Value {
+    Value::Array(items.iter().map(|item| Value::Bulk((*item).into())).collect())
+}
+
+/// A key of this prefix on another shard than `other`, over four shards.
+fn elsewhere(wire: &mut Wire, other: &str) -> String {
+    let key = (0..100)
+        .map(|number| format!("key{number}"))
+        .find(|key| wire.call(&["COPY", other, key]).is_error("CROSSSHARD"));
+    key.expect("a hundred keys live on more than one shard")
+}
+
+#[test]
+fn commands_on_several_shards_are_split_and_merged_or_refused() {
+    let farm = farm(4);
+    let mut wire = farm.goflow.wire();
+    let keys: Vec<String> = (0..40).map(|number| format!("key{number}")).collect();
+    let pairs: Vec<&str> = keys.iter().flat_map(|key| [key.as_str(), key.as_str()]).collect();
+    assert_eq!(wire.call(&[&["MSET"], &pairs[..]].concat()).text(), "OK");
+    for shard in &farm.shards {
+        assert!(shard.wire().say("DBSIZE").integer() > 4, "each shard has its share");
+    }
+    let names: Vec<&str> = keys.iter().map(String::as_str).collect();
+    let values = wire.call(&[&["MGET", "nosuch"], &names[..]].concat());
+    assert_eq!(values.items()[0], Value::Null);
+    assert_eq!(values.items()[1..], *array(&names).items());
+    assert_eq!(wire.call(&[&["EXISTS", "nosuch"], &names[..]].concat()).integer(), 40);
+    let mut all: Vec<String> = wire.say("KEYS key*").items().iter().map(Value::text).collect();
+    let (mut scanned, mut cursor) = (Vec::new(), "0".to_owned());
+    loop {
+        let page = wire.call(&["SCAN", &cursor, "COUNT", "3", "MATCH", "key*"]);
+        scanned.extend(page.items()[1].items().iter().map(Value::text));
+        cursor = page.items()[0].text();
+        if cursor == "0" {
+            break;
+        }
+    }
+    all.sort();
+    scanned.sort();
+    scanned.dedup();
+    assert_eq!((all.len(), &all), (40, &scanned));
+    assert!(wire.say("RANDOMKEY").text().starts_with("key"));
+    let far = elsewhere(&mut wire, "key0");
+    assert!(wire.call(&["RENAME", "key0", &far]).is_error("CROSSSHARD"));
+    assert_eq!(wire.say("RENAME {tag}a {tag}b"), Value::Error("ERR no such key".into()));
+    assert!(wire.call(&["EVAL", "return 1", "2", "key0", &far]).is_error("CROSSSHARD"));
+    let digest = wire.call(&["SCRIPT", "LOAD", "return KEYS[1]"]).text();
+    for key in &keys {
+        assert_eq!(wire.call(&["EVALSHA", &digest, "1", key]).text(), *key);
+    }
+    assert_eq!(wire.call(&["SCRIPT", "EXISTS", &digest]), Value::Array(vec![Value::Integer(1)]));
+    for refused in ["FLUSHALL", "SHUTDOWN", "DEBUG SLEEP 0", "REPLICAOF NO ONE", "MONITOR"] {
+        assert!(wire.say(refused).is_error("NOPERM"), "{refused}");
+    }
+    assert!(wire.say("SET goflow:x 1").is_error("NOPERM"));
+    assert_eq!(wire.call(&[&["DEL"], &names[..]].concat()).integer(), 40);
+}
+
+#[test]
+fn a_transaction_stays_on_one_shard_and_a_watched_key_ends_it() {
+    let farm = farm(4);
+    let (mut wire, mut other) = (farm.goflow.wire(), farm.goflow.wire());
+    let far = elsewhere(&mut wire, "key0");
+    assert_eq!(wire.say("MULTI").text(), "OK");
+    assert_eq!(wire.say("SET key0 1").text(), "QUEUED");
+    assert!(wire.call(&["GET", &far]).is_error("CROSSSHARD"));
+    assert!(wire.say("EXEC").is_error("EXECABORT"));
+    for changes in [false, true] {
+        assert_eq!(wire.say("WATCH key0").text(), "OK");
+        if changes {
+            other.say("SET key0 2");
+        }
+        wire.say("MULTI");
+        wire.say("INCR key0");
+        let done = wire.say("EXEC");
+        assert_eq!(done == Value::Null, changes, "{done:?}");
+    }
+    assert_eq!(wire.say("GET key0").text(), "2");
+    // The connections of transactions are used again, and nothing of the last client is left on them.
+    for _ in 0..20 {
+        let mut gone = farm.goflow.wire();
+        gone.say("WATCH key0");
+    }
+    other.say("SET key0 3");
+    wire.say("WATCH key0");
+    wire.say("MULTI");
+    wire.say("GET key0");
+    assert_eq!(wire.say("EXEC"), array(&["3"]));
+}
+
+#[test]
+fn a_blocked_client_is_served_from_any_shard_in_the_order_of_arrival() {
+    let farm = farm(4);
+    let mut wire = farm.goflow.wire();
+    let far = elsewhere(&mut wire, "key0");
+    let mut waiting: Vec<Wire> = (0..5).map(|_| farm.goflow.wire()).collect();
+    for (place, waiter) in waiting.iter_mut().enumerate() {
+        waiter.call(&["CLIENT", "SETNAME", &format!("waiter{place}")]);
+        waiter.send(&["BRPOP", "key0", &far, "0"]);
+        let name = format!("name=waiter{place} ");
+        let is_blocked = |list: String| list.lines().any(|line| line.contains(&name) && line.contains("flags=b"));
+        eventually!("the client is blocked", is_blocked(wire.say("CLIENT LIST").text()).then_some(()));
+    }
+    for (place, waiter) in waiting.iter_mut().enumerate() {
+        let key = if place % 2 == 0 { "key0" } else { &far };
+        // Pushed past GoFlow: the shard says so.
+        let value = format!("value{place}");
+        wire.call(&["LPUSH", key, &value]);
+        assert_eq!(waiter.read(), array(&[key, &value]));
+    }
+    assert_eq!(wire.call(&["EXISTS", "key0", &far]).integer(), 0);
+    assert_eq!(wire.say("BRPOP key0 0.05"), Value::Null);
+}
+
+#[test]
+fn a_client_that_goes_away_while_blocked_takes_nothing_with_it() {
+    let farm = farm(1);
+    let mut wire = farm.goflow.wire();
+    for round in 0..200 {
+        let mut gone = farm.goflow.wire();
+        gone.send(&["BLPOP", "list", "0"]);
+        if round % 2 == 0 {
+            eventually!("it is blocked", (wire.say("INFO clients").text().contains("blocked_clients:1")).then_some(()));
+        }
+        // The push and the end of the client meet somewhere on the way.
+        drop(gone);
+        wire.call(&["RPUSH", "list", &round.to_string()]);
+        let popped = eventually!(
+            "the element is there",
+            match wire.say("LPOP list") {
+                Value::Null => None,
+                found => Some(found),
+            }
+        );
+        assert_eq!(popped.text(), round.to_string());
+    }
+}
+
+#[test]
+fn client_unblock_ends_a_wait_in_either_way() {
+    let farm = farm(1);
+    let mut wire = farm.goflow.wire();
+    for (how, expected) in
+        [("TIMEOUT", Value::Null), ("ERROR", Value::Error("UNBLOCKED client unblocked via CLIENT UNBLOCK".into()))]
+    {
+        let mut blocked = farm.goflow.wire();
+        let id = blocked.say("CLIENT ID").integer().to_string();
+        blocked.say("CLIENT SETNAME b");
+        blocked.send(&["BLPOP", "nothing", "0"]);
+        eventually!(
+            "it is unblocked",
+            (wire.call(&["CLIENT", "UNBLOCK", &id, how]) == Value::Integer(1)).then_some(())
+        );
+        assert_eq!(blocked.read(), expected);
+    }
+}
+
+#[test]
+fn messages_reach_subscribers_on_every_proxy_once() {
+    let farm = farm(4);
+    let urls: Vec<String> =
+        farm.shards.iter().enumerate().map(|(at, shard)| format!("s{at}={}", shard.url())).collect();
+    let args: Vec<&str> = urls.iter().flat_map(|url| ["--shard", url]).collect();
+    let mut second = Goflow::start(&args);
+    second.expect_log("WARN");
+    let (mut here, mut there) = (farm.goflow.wire(), second.wire());
+    let mut pattern = second.wire();
+    for channel in ["a", "b", "c", "d", "e"] {
+        let confirmed = |count| {
+            Value::Array(vec![Value::Bulk("subscribe".into()), Value::Bulk(channel.into()), Value::Integer(count)])
+        };
+        let count = i64::from(channel.as_bytes()[0] - b'a') + 1;
+        assert_eq!(here.call(&["SUBSCRIBE", channel]), confirmed(count));
+        assert_eq!(there.call(&["SUBSCRIBE", channel]), confirmed(count));
+    }
+    pattern.say("HELLO 3");
+    assert_eq!(pattern.say("PSUBSCRIBE [abc]*").items()[0].text(), "psubscribe");
+    let mut wire = farm.goflow.wire();
+    for channel in ["a", "b", "c", "d", "e"] {
+        wire.call(&["PUBLISH", channel, "hello"]);
+        assert_eq!(here.read(), array(&["message", channel, "hello"]));
+        assert_eq!(there.read(), array(&["message", channel, "hello"]));
+        if channel < "d" {
+            let message = array(&["pmessage", "[abc]*", channel, "hello"]).items().to_vec();
+            assert_eq!(pattern.read(), Value::Push(message));
+        }
+    }
+    assert!(here.say("GET key").is_error("ERR"), "RESP2 subscribers say nothing else");
+    assert_eq!(here.say("PING"), array(&["pong", ""]));
+    assert_eq!(wire.say("PUBSUB NUMSUB a").items()[1], Value::Integer(2));
+    here.say("UNSUBSCRIBE a b c d");
+    for _ in 0..3 {
+        here.read();
+    }
+    assert_eq!(here.say("UNSUBSCRIBE").items()[2], Value::Integer(0));
+    assert_eq!(here.say("GET key"), Value::Null);
+}
+
+#[test]
+fn what_is_in_flight_when_a_shard_dies_is_answered_and_the_next_goes_through() {
+    let mut farm = farm(1);
+    let mut wire = farm.goflow.wire();
+    wire.say("SET a 1");
+    farm.shards[0].stop();
+    let mut blocked = farm.goflow.wire();
+    blocked.send(&["GET", "a"]);
+    assert!(blocked.try_read(Duration::from_millis(50)).is_err());
+    farm.shards[0].kill();
+    let answer = blocked.read();
+    assert!(answer.is_error("SHARDDOWN"), "{answer:?}");
+    farm.shards[0].restart();
+    eventually!("it goes on", (wire.say("SET a 2") == Value::Simple("OK".into())).then_some(()));
+    assert_eq!(wire.say("GET a").text(), "2");
+}
