@@ -55,7 +55,7 @@ impl Crowd {
             Process::start(&Program {
                 path: program,
                 args: std::iter::once(script.into_os_string()).chain(words.into_iter().map(Into::into)).collect(),
-                env: vec![("NODE_PATH".into(), node_modules().to_string_lossy().into_owned())],
+                env: vec![("NODE_PATH".into(), node_modules().into_os_string())],
                 dir: dir.path().to_owned(),
             })
         };
