@@ -1,7 +1,7 @@
 # run    the queue, with an embedded shard in ./goflow-data, on 127.0.0.1:6380
 # test   everything that must hold before a change is done; says first what is missing (.ci/setup installs it)
 # lint   formatting and lints alone
-# soak   the model test and the recovery tests, long
+# soak   the model test, the recovery tests and the loss test, long
 # bench  the load generator against a server of its own
 
 CARGO ?= cargo
@@ -19,8 +19,13 @@ lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --all-targets --quiet -- -D warnings
 
+# The sizes may be given: make soak JOBS=1000000 KILLS=200
+JOBS = 200000
+KILLS = 40
+
 soak:
-	GOFLOW_MODEL_STEPS=200000 $(CARGO) test --release --test main model:: recovery:: -- --nocapture
+	GOFLOW_PATIENCE_S=3600 GOFLOW_MODEL_STEPS=$(JOBS) GOFLOW_LOSS_JOBS=$(JOBS) GOFLOW_LOSS_KILLS=$(KILLS) \
+	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 model:: recovery:: loss::
 
 bench:
 	$(CARGO) run --release -- bench
