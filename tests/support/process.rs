@@ -86,6 +86,10 @@ fn fork(program: &Program) -> Child {
     });
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(&program.path).args(&program.args).current_dir(&program.dir);
+    // The sizes of the tests are variables like the settings; a child must not take them for its own.
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("GOFLOW_")) {
+        command.env_remove(name);
+    }
     command.envs(program.env.iter().cloned()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let (reply, forked) = mpsc::channel();
     FORKER.lock().unwrap_or_else(PoisonError::into_inner).send(Order { command, reply }).unwrap();
