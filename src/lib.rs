@@ -1,15 +1,16 @@
 //! GoFlow: a sharded job queue that any Redis client can use.
 //!
-//! The floors, from the top; a file imports only from floors below it:
+//! The floors, from the top; a file imports only from floors below it, and `tests/tidy.rs` enforces it:
 //!
 //! ```text
-//! 5 server config cli main      wiring, checked configuration, subcommands
-//! 4 session process clients     one client; what all share; the connections
-//!   http                        metrics, health, HTTP API
-//! 3 execute forward             plans meet shards; ordinary commands meet servers
-//! 2 command · dispatch          rows and plans · lanes, tickets, placement (neither knows the other)
-//! 1 shard                       memory, embedded, redis behind one seam
-//! 0 error clock job resp metrics
+//! 7 server config cli main          wiring, checked configuration, subcommands
+//! 6 session http                    one client; metrics, health, jobs over HTTP
+//! 5 process                         what all sessions share
+//! 4 execute clients                 plans meet lanes; the connections
+//! 3 forward                         ordinary commands meet servers
+//! 2 command · dispatch              rows and plans · lanes, tickets, placement
+//! 1 shard                           memory, embedded, redis behind one seam
+//! 0 error clock job resp metrics    the words
 //! ```
 //!
 //! `ARCHITECTURE.md` tells the way of a request, and where each law is kept.
