@@ -270,3 +270,46 @@ fn a_web_service_acknowledges_with_2xx_and_is_asked_again_when_it_says() {
     assert!(requests[0].contains("\r\njob-type: mail\r\n") && requests[0].contains("\r\njob-attempt: 1\r\n"));
     assert!(requests[1].contains("\r\njob-attempt: 2\r\n"));
 }
+#[test]
+fn three_partitions_divide_the_shards_and_the_others_take_over_from_a_killed_one() {
+    let servers: Vec<Server> = (1..=4).map(|_| Server::start(Flavour::Redis7, &[])).collect();
+    let shards: Vec<String> =
+        servers.iter().zip(1..).map(|(server, number)| format!("s{number}={}", server.url())).collect();
+    let mut args = vec!["--strategy", "round-robin"];
+    shards.iter().for_each(|shard| args.extend(["--shard", shard]));
+    let goflow = Goflow::start(&args);
+    let mut wire = goflow.wire();
+    let start = |number: usize| {
+        let seat = format!("{number}/3");
+        Worker::start(
+            goflow.address(),
+            &["--partition", &seat, "--concurrency", "2"],
+            &["sh", "-c", "printf %s $JOB_SHARD"],
+        )
+    };
+    let mut workers: Vec<Worker> = (1..=3).map(start).collect();
+    let told = |worker: &Worker| {
+        let lines = worker.process.stderr.lines();
+        let line =
+            lines.iter().rev().find(|line| line.contains("taking from these shards")).cloned().unwrap_or_default();
+        (1..=4).filter(|number| line.contains(&format!("\"s{number}\""))).collect::<Vec<i32>>()
+    };
+    eventually!("each shard has one of the three", {
+        let shares: Vec<Vec<i32>> = workers.iter().map(told).collect();
+        (shares == [vec![1, 4], vec![2], vec![3]]).then_some(())
+    });
+    for number in 0..40 {
+        enqueue(&mut wire, &number.to_string(), "");
+    }
+    eventually!("all are completed", (stat(&mut wire, "completed") == 40).then_some(()));
+    workers[0].process.kill();
+    eventually!("the two that are left have all four", {
+        let mut all = [told(&workers[1]), told(&workers[2])].concat();
+        all.sort();
+        (all == [1, 2, 3, 4]).then_some(())
+    });
+    for number in 0..40 {
+        enqueue(&mut wire, &number.to_string(), "");
+    }
+    eventually!("all are completed by two", (stat(&mut wire, "completed") == 80).then_some(()));
+}

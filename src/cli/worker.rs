@@ -118,7 +118,7 @@ struct Worker {
 
 /// Works until a signal ends it: 0, or 1 if the handler cannot be started.
 pub fn run(options: &Options) -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(options.log).init();
+    tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).with_max_level(options.log).init();
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error.to_string()),
