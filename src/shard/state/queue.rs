@@ -181,9 +181,11 @@ impl Queue {
             JobState::Leased => drop(self.leased.remove(&(job.at, seq))),
             JobState::Dead => drop(self.dead.remove(&(job.at, seq))),
             over => {
-                // Those that leave are at the front, so the search and the removal are short.
                 let jobs = &mut self.over[over_index(over)];
-                if let Ok(index) = jobs.binary_search(&(job.place, seq)) {
+                // Retention and PURGE take from the front.
+                if jobs.front() == Some(&(job.place, seq)) {
+                    jobs.pop_front();
+                } else if let Ok(index) = jobs.binary_search(&(job.place, seq)) {
                     jobs.remove(index);
                 }
             }
