@@ -1,13 +1,14 @@
 //! The shard that keeps its jobs on this machine's disk: the rules of `state.rs` over rows in a fjall store.
 //!
-//! One thread, the committer, owns the state and the store. It takes a batch, applies it, writes all rows that changed as
-//! one fjall batch, syncs the journal once, and only then answers; a batch that changed nothing is answered without a
-//! sync. Headers of jobs are in memory and made again at start ([`State::load`]), payloads and texts stay on disk.
+//! One thread, the committer, owns the state and the store. It takes what is waiting, batches of ops and units of ordinary
+//! commands ([`keys`](super::keys)) alike, applies it in order, writes all rows that changed as one fjall batch, syncs the
+//! journal once, and only then answers; where nothing changed nothing is synced. Headers of jobs are in memory and made again at start ([`State::load`]), payloads and texts stay on disk.
 //!
 //! ```text
 //! DIR/format   the version of everything below; another one is refused
 //! DIR/store    the fjall store, locked: one process at a time
 //!    records   queue number, seq  → what the enqueue said           written once
+//!    keys      what `keys/rows.rs` says                                of the ordinary keys
 //!    rows      "s" → stamp   "q" queue number → queue   "j" queue number, seq → job   "u" queue number, key → holder
 //! ```
 //!
@@ -23,20 +24,23 @@ use bytes::Bytes;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, OwnedWriteBatch, PersistMode, Slice};
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use tokio::sync::oneshot;
 
+use super::keys::{self, Loading, RowChange, Shared};
 use super::state::State;
 use super::state::rows::{Key, Rows, Table, Visit};
-use super::{Applied, BoxFuture, Health, OnWake, Op, Rules, Shard, Stamp};
+use super::{Applied, BoxFuture, Health, Keys, OnChange, OnWake, Op, Rules, Shard, Stamp, Unit};
 use crate::clock::{self, UnixMs};
 use crate::error::{Error, Happened, Result};
 use crate::job::Name;
+use crate::resp::reply::Reply;
 
 /// What stands in `DIR/format`.
 const FORMAT: &str = "goflow embedded store 1\n";
-/// Rows in memory before they go to a table on disk, for each of the two keyspaces. With its index a row takes about
+/// Rows in memory before they go to a table on disk, for each of the three keyspaces. With its index a row takes about
 /// twice its bytes here, and a full one waits beside the new one until it is written.
 const MEMTABLE_BYTES_MAX: u64 = 8 << 20;
 /// Blocks of tables in memory. Jobs are mostly read soon after they were written, in their order.
@@ -45,21 +49,63 @@ const CACHE_BYTES_MAX: u64 = 16 << 20;
 const STORE_THREADS: usize = 2;
 /// Rows that the table of what a batch has changed keeps room for.
 const CHANGED_ROWS_KEPT: usize = 1_024;
+/// Most orders that share one sync. What waits longer than that waits for a disk that is behind.
+const BATCH_ORDERS_MAX: usize = 1_000;
+/// How long the committer lets ordinary keys lie whose time is up, when nobody asks for them.
+const SWEEP_PAUSE: Duration = Duration::from_millis(100);
 
 pub struct Embedded {
-    /// What the shard is called in its errors.
-    name: String,
-    /// Taken, and the committer awaited, when the shard is dropped: then the store is closed and can be opened again.
-    orders: Option<mpsc::Sender<Order>>,
+    orders: Orders,
+    keys: Arc<Shared>,
+    /// Awaited when the shard is dropped: then the store is closed and can be opened again.
     committer: Option<JoinHandle<()>>,
+}
+
+/// Where orders are given to the committer.
+#[derive(Clone)]
+struct Orders {
+    /// What the shard is called in its errors.
+    name: Arc<str>,
+    sender: mpsc::Sender<Order>,
 }
 
 /// What the committer does, and where the answer goes.
 enum Order {
-    Apply { ops: Vec<Op>, at: Option<UnixMs>, answer: oneshot::Sender<Applied> },
-    Queues { answer: oneshot::Sender<Result<Vec<Name>>> },
-    Claim { stamp: Stamp, answer: oneshot::Sender<Result<()>> },
-    Stamp { answer: oneshot::Sender<Result<Option<Stamp>>> },
+    Apply {
+        ops: Vec<Op>,
+        at: Option<UnixMs>,
+        answer: oneshot::Sender<Applied>,
+    },
+    Run {
+        unit: Unit,
+        answer: oneshot::Sender<Result<Replies>>,
+    },
+    Queues {
+        answer: oneshot::Sender<Result<Vec<Name>>>,
+    },
+    Claim {
+        stamp: Stamp,
+        answer: oneshot::Sender<Result<()>>,
+    },
+    Stamp {
+        answer: oneshot::Sender<Result<Option<Stamp>>>,
+    },
+    /// The last one: the shard is dropped.
+    Stop,
+}
+
+/// What a unit of ordinary commands says; `None` when a watched key had changed.
+type Replies = Option<Vec<Reply>>;
+
+impl Orders {
+    /// Gives the committer an order now, so that orders are carried out as they were given; its answer.
+    fn give<T: Send + 'static>(&self, order: impl FnOnce(oneshot::Sender<T>) -> Order) -> Answer<T> {
+        let (answer, answered) = oneshot::channel();
+        // Where the committer is gone the order is dropped, and with it the sender of the answer.
+        let _ = self.sender.send(order(answer));
+        let name = self.name.clone();
+        Box::pin(async move { answered.await.map_err(|_| Error::shard_down(&name, "has stopped", Happened::Maybe)) })
+    }
 }
 
 impl Embedded {
@@ -80,22 +126,16 @@ impl Embedded {
         if is_new {
             write_format(dir).map_err(|error| down(format!("cannot be written: {error}")))?;
         }
-        let committer = Committer { name: name.clone(), state: State::load(rows, rules)?, failure: None };
-        let (orders, inbox) = mpsc::channel();
+        let keys = Arc::new(Shared::new(rows.load_keys().map_err(|error| down(error.text.into_owned()))?));
+        let state = State::load(rows, rules)?;
+        let committer = Committer { name: name.clone(), state, keys: keys.clone(), failure: None };
+        let (sender, inbox) = mpsc::channel();
         let committer = std::thread::Builder::new()
             .name("committer".into())
             .spawn(move || committer.run(&inbox))
             .map_err(|error| down(format!("got no thread: {error}")))?;
-        Ok(Embedded { name, orders: Some(orders), committer: Some(committer) })
-    }
-
-    /// Gives the committer an order now, so that orders are carried out as they were given; its answer.
-    fn order<T: Send + 'static>(&self, order: impl FnOnce(oneshot::Sender<T>) -> Order) -> Answer<T> {
-        let (answer, answered) = oneshot::channel();
-        // Where the committer is gone the order is dropped, and with it the sender of the answer.
-        let _ = self.orders.as_ref().map(|orders| orders.send(order(answer)));
-        let name = self.name.clone();
-        Box::pin(async move { answered.await.map_err(|_| Error::shard_down(&name, "has stopped", Happened::Maybe)) })
+        let orders = Orders { name: name.as_str().into(), sender };
+        Ok(Embedded { orders, keys, committer: Some(committer) })
     }
 }
 
@@ -126,7 +166,8 @@ fn write_format(dir: &Path) -> std::io::Result<()> {
 
 impl Drop for Embedded {
     fn drop(&mut self) {
-        self.orders = None;
+        // Not by closing the channel: whoever holds the keyspace can send as well.
+        let _ = self.orders.sender.send(Order::Stop);
         if let Some(committer) = self.committer.take() {
             // A committer that panicked has said so on standard error.
             let _ = committer.join();
@@ -137,12 +178,12 @@ impl Drop for Embedded {
 impl Shard for Embedded {
     fn apply(&self, ops: Vec<Op>, at: Option<UnixMs>) -> BoxFuture<'_, Applied> {
         let count = ops.len();
-        let answer = self.order(|answer| Order::Apply { ops, at, answer });
+        let answer = self.orders.give(|answer| Order::Apply { ops, at, answer });
         Box::pin(async move { answer.await.unwrap_or_else(|error| Applied::failed(count, &error)) })
     }
 
     fn queues(&self) -> BoxFuture<'_, Result<Vec<Name>>> {
-        let answer = self.order(|answer| Order::Queues { answer });
+        let answer = self.orders.give(|answer| Order::Queues { answer });
         Box::pin(async move { answer.await? })
     }
 
@@ -150,7 +191,7 @@ impl Shard for Embedded {
 
     fn probe(&self) -> BoxFuture<'_, Result<Health>> {
         // Asked of the committer, so that one that has failed or hangs does not look healthy.
-        let answer = self.order(|answer| Order::Queues { answer });
+        let answer = self.orders.give(|answer| Order::Queues { answer });
         Box::pin(async move {
             answer.await??;
             Ok(Health {
@@ -162,13 +203,38 @@ impl Shard for Embedded {
     }
 
     fn claim(&self, stamp: Stamp) -> BoxFuture<'_, Result<()>> {
-        let answer = self.order(|answer| Order::Claim { stamp, answer });
+        let answer = self.orders.give(|answer| Order::Claim { stamp, answer });
         Box::pin(async move { answer.await? })
     }
 
     fn stamp(&self) -> BoxFuture<'_, Result<Option<Stamp>>> {
-        let answer = self.order(|answer| Order::Stamp { answer });
+        let answer = self.orders.give(|answer| Order::Stamp { answer });
         Box::pin(async move { answer.await? })
+    }
+
+    fn keyspace(&self) -> super::Keyspace {
+        super::Keyspace::Local(Arc::new(EmbeddedKeys { orders: self.orders.clone(), keys: self.keys.clone() }))
+    }
+}
+
+/// The ordinary keys, as sessions reach them.
+struct EmbeddedKeys {
+    orders: Orders,
+    keys: Arc<Shared>,
+}
+
+impl Keys for EmbeddedKeys {
+    fn run(&self, unit: Unit) -> BoxFuture<'static, Result<Replies>> {
+        let answer = self.orders.give(|answer| Order::Run { unit, answer });
+        Box::pin(async move { answer.await? })
+    }
+
+    fn version(&self, key: &[u8]) -> u64 {
+        self.keys.version(key)
+    }
+
+    fn observe(&self, on_change: OnChange) {
+        self.keys.observe(on_change);
     }
 }
 
@@ -176,50 +242,120 @@ impl Shard for Embedded {
 trait Store: Rows {
     /// Returns once everything that changed is on disk.
     fn commit(&mut self) -> fjall::Result<()>;
+
+    /// Changes of the rows of ordinary keys, to be committed with the others.
+    fn change_keys(&mut self, rows: Vec<RowChange>);
 }
 
 /// The one that owns the state and the store.
 struct Committer<S> {
     name: String,
     state: State<S>,
+    /// Changed by the committer only.
+    keys: Arc<Shared>,
     /// Why nothing more is done.
     failure: Option<Error>,
 }
 
+/// Sends the answer to an order, once it is known what became of the batch it was in.
+type Delivery = Box<dyn FnOnce(Result<()>)>;
+
+fn delivery<T: 'static>(
+    answer: oneshot::Sender<T>,
+    done: Result<T>,
+    refused: impl FnOnce(Error) -> T + 'static,
+) -> Delivery {
+    // Nobody may be waiting for the answer any more.
+    Box::new(move |fate| drop(answer.send(fate.and(done).unwrap_or_else(refused))))
+}
+
 impl<S: Store> Committer<S> {
     fn run(mut self, inbox: &mpsc::Receiver<Order>) {
-        while let Ok(order) = inbox.recv() {
-            // Nobody may be waiting for the answer any more.
-            match order {
-                Order::Apply { ops, at, answer } => {
-                    let count = ops.len();
-                    let applied = self.commit(|state| state.apply(ops, at.unwrap_or_else(clock::now)));
-                    let _ = answer.send(applied.unwrap_or_else(|error| Applied::failed(count, &error)));
-                }
-                Order::Queues { answer } => drop(answer.send(self.commit(|state| Ok(state.queues())))),
-                Order::Stamp { answer } => drop(answer.send(self.commit(|state| state.stamp()))),
-                Order::Claim { stamp, answer } => {
-                    let claimed = self.commit(|state| Ok(state.claim(&stamp)));
-                    let _ = answer.send(claimed.and_then(|refused| refused));
-                }
+        loop {
+            let first = match self.has_more_to_sweep() {
+                false => inbox.recv().map_err(mpsc::RecvTimeoutError::from),
+                true => inbox.recv_timeout(SWEEP_PAUSE),
+            };
+            let mut orders = match first {
+                Ok(order) => vec![order],
+                Err(mpsc::RecvTimeoutError::Timeout) => Vec::new(),
+                Err(mpsc::RecvTimeoutError::Disconnected) => return,
+            };
+            orders.extend(inbox.try_iter().take(BATCH_ORDERS_MAX - 1));
+            let stop = orders.iter().position(|order| matches!(order, Order::Stop));
+            orders.truncate(stop.unwrap_or(orders.len()));
+            self.carry_out(orders);
+            if stop.is_some() {
+                return;
             }
         }
     }
 
-    /// Does something with the state and commits the rows that it changed.
-    fn commit<T>(&mut self, act: impl FnOnce(&mut State<S>) -> Result<T>) -> Result<T> {
-        if let Some(failure) = &self.failure {
-            return Err(failure.clone());
-        }
-        let done = act(&mut self.state);
-        let failed = match &done {
-            Ok(_) => self.state.rows_mut().commit().err().map(|error| (error.to_string(), Happened::Maybe)),
-            Err(error) => Some((error.text.to_string(), Happened::No)),
+    /// Whether ordinary keys wait for their time or for their rows to be removed.
+    fn has_more_to_sweep(&self) -> bool {
+        self.failure.is_none() && self.keys.with(|keys| keys.has_more_to_sweep()).unwrap_or(false)
+    }
+
+    /// Does all that is ordered, commits it as one and answers.
+    fn carry_out(&mut self, orders: Vec<Order>) {
+        let was_down = self.failure.is_some();
+        let mut failure = self.failure.clone();
+        let deliveries: Vec<Delivery> = orders.into_iter().map(|order| self.act(order, &mut failure)).collect();
+        let fate = match failure {
+            None => self.commit(),
+            Some(failure) if was_down => Err(failure),
+            Some(failure) => Err(self.fail(&failure.text, Happened::No)),
         };
-        let Some((why, happened)) = failed else { return done };
+        let changed = match &fate {
+            Ok(changed) => changed.clone(),
+            Err(_) => Vec::new(),
+        };
+        let fate = fate.map(drop);
+        deliveries.into_iter().for_each(|deliver| deliver(fate.clone()));
+        self.keys.tell(&changed);
+    }
+
+    /// Does what is ordered, in memory. After a failure nothing more is done: the state is not whole any more.
+    fn act(&mut self, order: Order, failure: &mut Option<Error>) -> Delivery {
+        fn attempt<T>(failure: &mut Option<Error>, act: impl FnOnce() -> Result<T>) -> Result<T> {
+            failure.clone().map_or(Ok(()), Err)?;
+            act().inspect_err(|error| *failure = Some(error.clone()))
+        }
+        let state = &mut self.state;
+        match order {
+            Order::Apply { ops, at, answer } => {
+                let count = ops.len();
+                let done = attempt(failure, || state.apply(ops, at.unwrap_or_else(clock::now)));
+                delivery(answer, done, move |error| Applied::failed(count, &error))
+            }
+            Order::Run { unit, answer } => {
+                let done = attempt(failure, || self.keys.with(|keys| keys.run(&unit, clock::now())));
+                delivery(answer, done.map(Ok), Err)
+            }
+            Order::Queues { answer } => delivery(answer, attempt(failure, || Ok(Ok(state.queues()))), Err),
+            Order::Stamp { answer } => delivery(answer, attempt(failure, || state.stamp().map(Ok)), Err),
+            Order::Claim { stamp, answer } => delivery(answer, attempt(failure, || Ok(state.claim(&stamp))), Err),
+            Order::Stop => Box::new(|_| {}),
+        }
+    }
+
+    /// Writes down and syncs what has changed in memory; the ordinary keys among it.
+    fn commit(&mut self) -> Result<Vec<Bytes>> {
+        let (rows, changed) = self.keys.with(|keys| {
+            keys.sweep(clock::now());
+            (keys.take_rows(), keys.take_changed())
+        })?;
+        let store = self.state.rows_mut();
+        store.change_keys(rows);
+        store.commit().map_err(|error| self.fail(&error.to_string(), Happened::Maybe))?;
+        Ok(changed)
+    }
+
+    /// Takes the shard out of service, and says so to those whose orders met it.
+    fn fail(&mut self, why: &str, happened: Happened) -> Error {
         tracing::error!(shard = %self.name, %why, "the embedded store failed; it is out of service until it is opened again");
         self.failure = Some(Error::shard_down(&self.name, &format!("failed before ({why})"), Happened::No));
-        Err(Error::shard_down(&self.name, &format!("failed ({why})"), happened))
+        Error::shard_down(&self.name, &format!("failed ({why})"), happened)
     }
 }
 
@@ -228,6 +364,8 @@ struct DiskRows {
     database: Database,
     records: Keyspace,
     rows: Keyspace,
+    keys: Keyspace,
+    key_changes: Vec<RowChange>,
     /// `None`: to be removed.
     changed: HashMap<Key, Option<Bytes>, foldhash::fast::RandomState>,
 }
@@ -239,7 +377,8 @@ impl DiskRows {
             || KeyspaceCreateOptions::default().max_memtable_size(MEMTABLE_BYTES_MAX).expect_point_read_hits(true);
         let records = database.keyspace("records", options)?;
         let rows = database.keyspace("rows", options)?;
-        Ok(DiskRows { database, records, rows, changed: HashMap::default() })
+        let keys = database.keyspace("keys", KeyspaceCreateOptions::default)?;
+        Ok(DiskRows { database, records, rows, keys, key_changes: Vec::new(), changed: HashMap::default() })
     }
 
     fn keyspace(&self, key: &Key) -> &Keyspace {
@@ -248,12 +387,24 @@ impl DiskRows {
             Key::Stamp | Key::Queue(_) | Key::Job(..) | Key::Unique(..) => &self.rows,
         }
     }
+
+    /// The ordinary keys that the rows tell of.
+    fn load_keys(&self) -> Result<keys::Database> {
+        let mut loading = Loading::new();
+        for row in self.keys.iter() {
+            let (key, value) = row.into_inner().map_err(store_error)?;
+            loading.row(&key, &value).map_err(|_| {
+                Error::shard_down("the store", "is damaged: a row of a key cannot be read", Happened::No)
+            })?;
+        }
+        Ok(loading.finish())
+    }
 }
 
 impl Store for DiskRows {
     /// Nothing is written or synced where nothing has changed.
     fn commit(&mut self) -> fjall::Result<()> {
-        if self.changed.is_empty() {
+        if self.changed.is_empty() && self.key_changes.is_empty() {
             return Ok(());
         }
         let mut batch = OwnedWriteBatch::with_capacity(self.database.clone(), self.changed.len())
@@ -268,7 +419,17 @@ impl Store for DiskRows {
         // A large batch does not leave its table behind; the usual ones use theirs again.
         self.changed.clear();
         self.changed.shrink_to(CHANGED_ROWS_KEPT);
+        for RowChange { key, value } in self.key_changes.drain(..) {
+            match value {
+                Some(value) => batch.insert(&self.keys, Slice::from(&key[..]), Slice::from(&value[..])),
+                None => batch.remove(&self.keys, Slice::from(&key[..])),
+            }
+        }
         batch.commit()
+    }
+
+    fn change_keys(&mut self, rows: Vec<RowChange>) {
+        self.key_changes.extend(rows);
     }
 }
 
@@ -438,18 +599,85 @@ mod tests {
                 false => Ok(()),
             }
         }
+
+        fn change_keys(&mut self, _: Vec<RowChange>) {}
     }
 
     #[test]
     fn a_failed_sync_is_final() {
         let state = State::new(Unsure::default(), Rules::default());
-        let mut committer = Committer { name: "embedded:x".into(), state, failure: None };
-        assert!(committer.commit(|state| state.apply(vec![enqueue()], 1)).is_ok());
+        let keys = Arc::new(Shared::new(keys::Database::volatile()));
+        let mut committer = Committer { name: "embedded:x".into(), state, keys, failure: None };
+        let apply = |committer: &mut Committer<Unsure>, op: Op| {
+            let (answer, mut answered) = oneshot::channel();
+            committer.carry_out(vec![Order::Apply { ops: vec![op], at: Some(1), answer }]);
+            answered.try_recv().unwrap().outcomes.remove(0)
+        };
+        assert!(apply(&mut committer, enqueue()).is_ok());
         committer.state.rows_mut().fails = true;
-        let error = committer.commit(|state| state.apply(vec![enqueue()], 1)).unwrap_err();
+        let error = apply(&mut committer, enqueue()).unwrap_err();
         assert_eq!((error.code, error.happened), (Code::ShardDown, Happened::Maybe));
         assert!(error.text.contains("no space left"), "{error}");
-        let error = committer.commit(|state| state.apply(vec![len(JobState::Ready)], 1)).unwrap_err();
+        let error = apply(&mut committer, len(JobState::Ready)).unwrap_err();
         assert_eq!((error.code, error.happened), (Code::ShardDown, Happened::No));
+    }
+
+    fn run(shard: &Embedded, lines: &[&str]) -> Option<Vec<Reply>> {
+        let crate::shard::Keyspace::Local(keys) = shard.keyspace() else { panic!("no keyspace") };
+        let words = |line: &&str| line.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect();
+        let unit = Unit { requests: lines.iter().map(words).collect(), ..Unit::default() };
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(keys.run(unit)).unwrap()
+    }
+
+    #[test]
+    fn ordinary_keys_are_there_when_the_store_is_opened_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let shard = open(dir.path()).unwrap();
+        run(
+            &shard,
+            &["RPUSH list a b c", "LPOP list", "SET key value", "EXPIRE key 1000", "ZADD zset 1.5 m", "DEL key"],
+        );
+        drop(shard);
+        let shard = open(dir.path()).unwrap();
+        let told = run(&shard, &["LRANGE list 0 -1", "EXISTS key", "ZSCORE zset m", "DBSIZE"]).unwrap();
+        let items = Reply::Array(vec![Reply::text("b"), Reply::text("c")]);
+        assert_eq!(told, [items, Reply::Integer(0), Reply::Double(1.5), Reply::Integer(2)]);
+    }
+
+    #[test]
+    fn a_key_that_is_too_long_for_a_row_is_refused_and_the_shard_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let shard = open(dir.path()).unwrap();
+        let long = "x".repeat(70_000);
+        for line in [format!("SET {long} v"), format!("SADD set {long}"), format!("HSET hash {long} v")] {
+            let told = run(&shard, &[&line]).unwrap();
+            assert!(matches!(&told[..], [Reply::RawError(text)] if text.starts_with(b"TOOBIG")), "{told:?}");
+        }
+        let longest = "x".repeat(65_000);
+        run(&shard, &[&format!("ZADD {longest} 1 {longest}")]);
+        drop(shard);
+        assert_eq!(run(&open(dir.path()).unwrap(), &["DBSIZE"]), Some(vec![Reply::Integer(1)]));
+    }
+
+    #[test]
+    fn an_observer_hears_of_a_key_after_it_was_committed() {
+        let dir = tempfile::tempdir().unwrap();
+        let shard = open(dir.path()).unwrap();
+        let (sender, heard) = mpsc::channel();
+        let crate::shard::Keyspace::Local(keys) = shard.keyspace() else { panic!("no keyspace") };
+        keys.observe(Arc::new(move |key: &[u8]| drop(sender.send(key.to_vec()))));
+        run(&shard, &["GET other", "LPUSH list a"]);
+        assert_eq!(heard.recv().unwrap(), b"list");
+    }
+
+    #[test]
+    fn keys_whose_time_is_up_leave_without_being_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let shard = open(dir.path()).unwrap();
+        let (sender, heard) = mpsc::channel();
+        let crate::shard::Keyspace::Local(keys) = shard.keyspace() else { panic!("no keyspace") };
+        run(&shard, &["SET key value PX 50"]);
+        keys.observe(Arc::new(move |key: &[u8]| drop(sender.send(key.to_vec()))));
+        assert_eq!(heard.recv().unwrap(), b"key");
     }
 }

@@ -1,25 +1,30 @@
 //! The shard that keeps its jobs in memory only: the rules themselves, for tests, trials and what may be lost.
 //!
-//! It is the model that the other shards are compared with, so there is nothing in it but [`State`] and a map.
+//! It is the model that the other shards are compared with, so there is nothing in it but [`State`] and a map, and the
+//! ordinary keys without their rows.
 
 use bytes::Bytes;
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
+use super::keys::{self, Shared};
 use super::state::State;
 use super::state::rows::{Key, Rows, Table, Visit};
-use super::{Applied, BoxFuture, Health, OnWake, Op, Rules, Shard, Stamp};
+use super::{Applied, BoxFuture, Health, Keys, OnChange, OnWake, Op, Rules, Shard, Stamp, Unit};
 use crate::clock::{self, UnixMs};
 use crate::error::{Error, Happened, Result};
 use crate::job::Name;
+use crate::resp::reply::Reply;
 
 pub struct Memory {
     state: Mutex<State<MapRows>>,
+    keys: Arc<MemoryKeys>,
 }
 
 impl Memory {
     pub fn new(rules: Rules) -> Memory {
-        Memory { state: Mutex::new(State::new(MapRows::default(), rules)) }
+        let keys = Arc::new(MemoryKeys(Shared::new(keys::Database::volatile())));
+        Memory { state: Mutex::new(State::new(MapRows::default(), rules)), keys }
     }
 
     /// A panic in the rules may have left the state half changed, so nothing more is done with it.
@@ -60,6 +65,32 @@ impl Shard for Memory {
 
     fn stamp(&self) -> BoxFuture<'_, Result<Option<Stamp>>> {
         Box::pin(std::future::ready(self.with(|state| state.stamp())))
+    }
+
+    fn keyspace(&self) -> super::Keyspace {
+        super::Keyspace::Local(self.keys.clone())
+    }
+}
+
+/// The ordinary keys. Each unit also removes a part of what has expired.
+struct MemoryKeys(Shared);
+
+impl Keys for MemoryKeys {
+    fn run(&self, unit: Unit) -> BoxFuture<'static, Result<Option<Vec<Reply>>>> {
+        let done = self.0.with(|keys| (keys.run(&unit, clock::now()), keys.take_changed()));
+        let replies = done.map(|(replies, changed)| {
+            self.0.tell(&changed);
+            replies
+        });
+        Box::pin(std::future::ready(replies))
+    }
+
+    fn version(&self, key: &[u8]) -> u64 {
+        self.0.version(key)
+    }
+
+    fn observe(&self, on_change: OnChange) {
+        self.0.observe(on_change);
     }
 }
 

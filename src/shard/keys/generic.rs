@@ -7,7 +7,9 @@ use bytes::Bytes;
 use rand::Rng;
 
 use super::args::Args;
-use super::{Answer, Checked, Command, Database, Entry, Fault, Map, NO_SUCH_KEY, NOT_AN_INTEGER, SYNTAX, command};
+use super::{
+    Answer, Checked, Command, Database, Entry, Fault, Map, NO_SUCH_KEY, NOT_AN_INTEGER, SYNTAX, check_name, command,
+};
 use crate::clock::UnixMs;
 use crate::resp::glob;
 use crate::resp::reply::Reply;
@@ -120,6 +122,7 @@ fn rename(database: &mut Database, mut args: Args<'_>, only_new: bool) -> Answer
     if from == to {
         return Ok(reply(false));
     }
+    check_name(to)?;
     if only_new && database.exists(to) {
         return Ok(reply(false));
     }

@@ -8,7 +8,7 @@ use super::number::{add_floats, parse_f64, parse_i64};
 use super::rows::{ElementRows, Rows};
 use super::set::{pick_places, sample_count};
 use super::string::{NOT_A_FLOAT, OVERFLOW};
-use super::{Answer, Command, Database, Fault, Map, command, owned};
+use super::{Answer, Command, Database, Fault, Map, check_name, command, owned};
 use crate::resp::reply::Reply;
 
 pub(super) const COMMANDS: &[Command] = &[
@@ -97,6 +97,7 @@ fn set(database: &mut Database, mut args: Args<'_>, counts: bool) -> Answer {
     if args.len() % 2 == 1 {
         return Err(super::wrong_arity(args.name));
     }
+    args.rest().chunks_exact(2).try_for_each(|pair| check_name(&pair[0]))?;
     let (hash, rows) = database.write_or_create::<Hash>(key)?;
     let added = args.rest().chunks_exact(2).filter(|pair| hash.set(rows, &pair[0], owned(&pair[1]))).count();
     database.settle(key);
@@ -105,6 +106,7 @@ fn set(database: &mut Database, mut args: Args<'_>, counts: bool) -> Answer {
 
 fn setnx(database: &mut Database, mut args: Args<'_>) -> Answer {
     let (key, field, value) = (args.next()?, args.next()?, args.next()?);
+    check_name(field)?;
     if database.read::<Hash>(key)?.is_some_and(|hash| hash.fields.contains_key(field)) {
         return Ok(Reply::Integer(0));
     }
@@ -167,6 +169,7 @@ fn del(database: &mut Database, mut args: Args<'_>) -> Answer {
 
 fn incrby(database: &mut Database, mut args: Args<'_>) -> Answer {
     let (key, field) = (args.next()?, args.next()?);
+    check_name(field)?;
     let by = args.integer()?;
     let old = match database.read::<Hash>(key)?.and_then(|hash| hash.fields.get(field)) {
         Some(text) => parse_i64(text).ok_or(Fault::from("ERR hash value is not an integer"))?,
@@ -181,6 +184,7 @@ fn incrby(database: &mut Database, mut args: Args<'_>) -> Answer {
 
 fn incrbyfloat(database: &mut Database, mut args: Args<'_>) -> Answer {
     let (key, field, by) = (args.next()?, args.next()?, args.next()?);
+    check_name(field)?;
     if parse_f64(by).is_none() {
         return Err(NOT_A_FLOAT.into());
     }

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use super::args::Args;
 use super::rows::{ElementRows, Rows};
-use super::{Answer, Checked, Command, Database, NO_SUCH_KEY, SYNTAX, command, owned};
+use super::{Answer, Checked, Command, Database, NO_SUCH_KEY, SYNTAX, check_name, command, owned};
 use crate::resp::reply::Reply;
 
 pub(super) const COMMANDS: &[Command] = &[
@@ -348,6 +348,7 @@ fn move_one(database: &mut Database, from: &[u8], to: &[u8], from_end: End, to_e
     }
     // Nothing is taken when there is no place to put it.
     database.read::<List>(to)?;
+    check_name(to)?;
     let Some((list, rows)) = database.write::<List>(from)? else { return Ok(None) };
     let Some(item) = list.pop(rows, from_end) else { return Ok(None) };
     if from == to {

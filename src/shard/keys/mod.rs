@@ -32,11 +32,13 @@ mod list;
 mod number;
 mod rows;
 mod set;
+mod shared;
 mod stream;
 mod string;
 mod zset;
 
 pub use rows::{Loading, RowChange};
+pub use shared::Shared;
 
 use args::Args;
 use hash::Hash;
@@ -50,6 +52,8 @@ use zset::Zset;
 const EXPIRED_KEYS_MAX: usize = 200;
 /// Most rows of removed collections that are removed after a unit; the rest follows with the next ones.
 const BURIED_ROWS_MAX: usize = 1_000;
+/// The longest key, field or member: each is the name of a row, which the store on disk bounds at 64 kB.
+const NAME_BYTES_MAX: usize = 65_000;
 /// The longest string, as in Redis.
 const STRING_BYTES_MAX: usize = 512 * 1024 * 1024;
 /// How many versions are kept for keys that are gone. Two such keys that share one at worst end a transaction in vain.
@@ -288,17 +292,16 @@ impl Database {
         replies
     }
 
-    /// Removes a bounded part of what is over, for times in which nothing is asked. Whether something is left to do.
-    pub fn sweep(&mut self, now: UnixMs) -> bool {
+    /// Removes a bounded part of what is over, for times in which nothing is asked.
+    pub fn sweep(&mut self, now: UnixMs) {
         self.now = now;
         self.expire(EXPIRED_KEYS_MAX);
         self.bury(BURIED_ROWS_MAX);
-        !self.graves.is_empty() || self.next_end().is_some_and(|end| end <= now)
     }
 
-    /// When the next key's time is up.
-    pub fn next_end(&self) -> Option<UnixMs> {
-        self.ends.first().map(|(end, _)| *end)
+    /// Whether there is something that a sweep will remove, now or when its time is up.
+    pub fn has_more_to_sweep(&self) -> bool {
+        !self.graves.is_empty() || !self.ends.is_empty()
     }
 
     /// A number that changes with every change of the key.
@@ -387,6 +390,7 @@ impl Database {
 
     /// The collection of a key, to change, new and empty when there was none; [`Database::settle`] follows.
     fn write_or_create<K: Kind>(&mut self, key: &[u8]) -> Checked<(&mut K, &mut Rows)> {
+        check_name(key)?;
         if !self.exists(key) {
             self.ids += 1;
             let value = K::empty(self.ids);
@@ -442,8 +446,10 @@ impl Database {
         self.settle(key);
     }
 
-    fn put_string(&mut self, key: &[u8], text: Bytes, expires: Option<UnixMs>) {
+    fn put_string(&mut self, key: &[u8], text: Bytes, expires: Option<UnixMs>) -> Checked<()> {
+        check_name(key)?;
         self.put(key, Value::String(text), expires);
+        Ok(())
     }
 
     /// Sets or takes away the end of a key that exists.
@@ -529,6 +535,14 @@ impl Database {
     }
 }
 
+/// Refuses what is too long for the name of a row.
+fn check_name(name: &[u8]) -> Checked<()> {
+    if name.len() > NAME_BYTES_MAX {
+        return Err(format!("TOOBIG a key, field or member has {} bytes; at most {NAME_BYTES_MAX}", name.len()).into());
+    }
+    Ok(())
+}
+
 fn wrong_arity(name: &str) -> Fault {
     format!("ERR wrong number of arguments for '{name}' command").into()
 }
@@ -598,10 +612,10 @@ mod tests {
         say(&mut database, "DEL set");
         let mut removed = database.take_rows().len();
         assert_eq!(removed, BURIED_ROWS_MAX + 1);
-        while database.sweep(1_000) {
+        while database.has_more_to_sweep() {
+            database.sweep(1_000);
             removed += database.take_rows().len();
         }
-        removed += database.take_rows().len();
         assert_eq!(removed, 2_501);
     }
 
@@ -625,7 +639,7 @@ mod tests {
         say_at(&mut database, "SET key value PX 500", 1_000);
         database.take_changed();
         assert_eq!(say_at(&mut database, "GET key", 1_499), Reply::text("value"));
-        assert_eq!(database.next_end(), Some(1_500));
+        assert!(database.has_more_to_sweep());
         assert_eq!(say_at(&mut database, "GET key", 1_500), Reply::Null);
         assert_eq!(database.take_changed(), [Bytes::from("key")]);
     }
@@ -638,7 +652,8 @@ mod tests {
         }
         assert_eq!(say_at(&mut database, "KEYS *", 2_000), Reply::Array(Vec::new()));
         assert_eq!(say_at(&mut database, "DBSIZE", 0), Reply::count(EXPIRED_KEYS_MAX as u64));
-        assert!(!database.sweep(2_000));
+        database.sweep(2_000);
+        assert!(!database.has_more_to_sweep());
         assert_eq!(say_at(&mut database, "DBSIZE", 0), Reply::Integer(0));
     }
 

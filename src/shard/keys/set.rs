@@ -8,7 +8,7 @@ use rand::seq::index::sample;
 use super::args::Args;
 use super::generic::{Page, scan_page};
 use super::rows::{ElementRows, Rows};
-use super::{Answer, Checked, Command, Database, Map, command, owned};
+use super::{Answer, Checked, Command, Database, Map, check_name, command, owned};
 use crate::resp::reply::Reply;
 
 pub(super) const COMMANDS: &[Command] = &[
@@ -116,6 +116,7 @@ pub(super) fn pick_places(dice: &mut SmallRng, len: usize, count: i64) -> Vec<us
 
 fn add(database: &mut Database, mut args: Args<'_>) -> Answer {
     let key = args.next()?;
+    args.rest().iter().try_for_each(|member| check_name(member))?;
     let (set, rows) = database.write_or_create::<Set>(key)?;
     let added = args.rest().iter().filter(|member| set.add(rows, member)).count();
     if added > 0 {
@@ -214,6 +215,7 @@ fn move_member(database: &mut Database, mut args: Args<'_>) -> Answer {
     let Some(source) = database.read::<Set>(from)? else { return Ok(Reply::Integer(0)) };
     let is_there = source.members.contains_key(member);
     database.read::<Set>(to)?;
+    check_name(to)?;
     if !is_there || from == to {
         return Ok(Reply::Integer(i64::from(is_there)));
     }
@@ -270,6 +272,7 @@ fn combine(database: &mut Database, mut args: Args<'_>, how: How, stores: bool) 
     let target = if stores { Some(args.next()?) } else { None };
     let members = combined(database, args.rest(), how, usize::MAX)?;
     let Some(target) = target else { return Ok(set_reply(members)) };
+    check_name(target)?;
     database.remove(target);
     if !members.is_empty() {
         let (set, rows) = database.write_or_create::<Set>(target)?;

@@ -6,8 +6,8 @@ use super::args::Args;
 use super::list::index_range;
 use super::number::{add_floats, parse_f64, parse_i64};
 use super::{
-    Answer, Checked, Command, Database, Fault, NOT_AN_INTEGER, STRING_BYTES_MAX, SYNTAX, Value, WRONG_TYPE, command,
-    owned,
+    Answer, Checked, Command, Database, Fault, NOT_AN_INTEGER, STRING_BYTES_MAX, SYNTAX, Value, WRONG_TYPE, check_name,
+    command, owned,
 };
 use crate::clock::UnixMs;
 use crate::resp::reply::Reply;
@@ -50,9 +50,9 @@ impl Database {
     }
 
     /// Replaces the string of a key and leaves its end as it is.
-    fn rewrite(&mut self, key: &[u8], text: Bytes) {
+    fn rewrite(&mut self, key: &[u8], text: Bytes) -> Checked<()> {
         let expires = self.entry(key).and_then(|entry| entry.expires);
-        self.put_string(key, text, expires);
+        self.put_string(key, text, expires)
     }
 }
 
@@ -124,7 +124,7 @@ fn set(database: &mut Database, mut args: Args<'_>) -> Answer {
         Expiry::Keep => kept,
         Expiry::At(end) => Some(end),
     };
-    database.put_string(key, owned(text), expires);
+    database.put_string(key, owned(text), expires)?;
     Ok(if get { bulk(old) } else { Reply::OK })
 }
 
@@ -133,21 +133,21 @@ fn setnx(database: &mut Database, mut args: Args<'_>) -> Answer {
     if database.exists(key) {
         return Ok(Reply::Integer(0));
     }
-    database.put_string(key, owned(text), None);
+    database.put_string(key, owned(text), None)?;
     Ok(Reply::Integer(1))
 }
 
 fn set_with_end(database: &mut Database, mut args: Args<'_>, unit_ms: i64) -> Answer {
     let key = args.next()?;
     let end = end_of(&mut args, unit_ms, false, database.now)?;
-    database.put_string(key, owned(args.next()?), Some(end));
+    database.put_string(key, owned(args.next()?), Some(end))?;
     Ok(Reply::OK)
 }
 
 fn getset(database: &mut Database, mut args: Args<'_>) -> Answer {
     let (key, text) = (args.next()?, args.next()?);
     let old = database.text(key)?;
-    database.put_string(key, owned(text), None);
+    database.put_string(key, owned(text), None)?;
     Ok(bulk(old))
 }
 
@@ -211,7 +211,7 @@ fn setrange(database: &mut Database, mut args: Args<'_>) -> Answer {
     text.resize(text.len().max(offset + part.len()), 0);
     text[offset..offset + part.len()].copy_from_slice(part);
     let len = text.len() as u64;
-    database.rewrite(key, text.freeze());
+    database.rewrite(key, text.freeze())?;
     Ok(Reply::count(len))
 }
 
@@ -234,7 +234,7 @@ fn append(database: &mut Database, mut args: Args<'_>) -> Answer {
     text.extend_from_slice(&old);
     text.extend_from_slice(part);
     let len = text.len() as u64;
-    database.rewrite(key, text.freeze());
+    database.rewrite(key, text.freeze())?;
     Ok(Reply::count(len))
 }
 
@@ -256,7 +256,7 @@ fn add(database: &mut Database, key: &[u8], by: i64) -> Answer {
         None => 0,
     };
     let sum = old.checked_add(by).ok_or(Fault::from(OVERFLOW))?;
-    database.rewrite(key, Bytes::from(sum.to_string()));
+    database.rewrite(key, Bytes::from(sum.to_string()))?;
     Ok(Reply::Integer(sum))
 }
 
@@ -268,7 +268,7 @@ fn incrbyfloat(database: &mut Database, mut args: Args<'_>) -> Answer {
     }
     let sum = add_floats(&old, by).ok_or(Fault::from("ERR increment would produce NaN or Infinity"))?;
     let sum = Bytes::from(sum);
-    database.rewrite(key, sum.clone());
+    database.rewrite(key, sum.clone())?;
     Ok(Reply::Bulk(sum))
 }
 
@@ -285,6 +285,10 @@ fn mset(database: &mut Database, args: Args<'_>, only_new: bool) -> Answer {
     if only_new && pairs.clone().any(|pair| database.exists(&pair[0])) {
         return Ok(Reply::Integer(0));
     }
-    pairs.for_each(|pair| database.put_string(&pair[0], owned(&pair[1]), None));
+    // All or none.
+    pairs.clone().try_for_each(|pair| check_name(&pair[0]))?;
+    for pair in pairs {
+        database.put_string(&pair[0], owned(&pair[1]), None)?;
+    }
     Ok(if only_new { Reply::Integer(1) } else { Reply::OK })
 }

@@ -15,7 +15,7 @@ use super::number::parse_f64;
 use super::rows::{ElementRows, Rows};
 use super::set::{inter_card_args, pick_places, sample_count};
 use super::string::NOT_A_FLOAT;
-use super::{Answer, Checked, Command, Database, Fault, Map, SYNTAX, Value, WRONG_TYPE, command, owned};
+use super::{Answer, Checked, Command, Database, Fault, Map, SYNTAX, Value, WRONG_TYPE, check_name, command, owned};
 use crate::resp::reply::{Reply, format_double};
 
 pub(super) const COMMANDS: &[Command] = &[
@@ -339,6 +339,7 @@ fn add(database: &mut Database, mut args: Args<'_>, is_zincrby: bool) -> Answer 
     let pairs = args.rest().chunks_exact(2);
     let given = pairs.clone().map(|pair| parse_f64(&pair[0]).ok_or(Fault::from(NOT_A_FLOAT)));
     let given = given.collect::<Checked<Vec<f64>>>()?;
+    pairs.clone().try_for_each(|pair| check_name(&pair[1]))?;
     let nothing = if options.incr { Reply::Null } else { Reply::Integer(0) };
     if database.read::<Zset>(key)?.is_none() && options.xx {
         return Ok(nothing);
@@ -488,6 +489,7 @@ fn range_store(database: &mut Database, mut args: Args<'_>) -> Answer {
 
 /// Replaces whatever the target held; without members it is gone.
 fn store(database: &mut Database, target: &[u8], members: Vec<(Bytes, f64)>) -> Answer {
+    check_name(target)?;
     database.remove(target);
     if !members.is_empty() {
         let (zset, rows) = database.write_or_create::<Zset>(target)?;
