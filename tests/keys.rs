@@ -1,4 +1,5 @@
-//! The keyspace of a local shard against Redis 7: the same generated commands to both, the replies byte for byte.
+//! The keyspace of a local shard against Redis 7: the same generated commands to both, the replies byte for byte. And what
+//! a real process over an embedded shard answered is there after a SIGKILL.
 //!
 //! A sequence is made from a seed, which a failure names. Every few commands the database is thrown away and made again
 //! from its rows, so whatever a command forgets to write down shows as a difference later. Left out is what Redis itself
@@ -16,9 +17,11 @@ use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::support::goflow::Goflow;
 use crate::support::servers::{Flavour, Server};
-use crate::support::wire::encode;
+use crate::support::wire::{Value, encode};
 
 /// One line is one command. A capital letter alone stands for what [`word`] makes of it; words in braces are one choice.
 const COMMANDS: &str = "
@@ -362,4 +365,71 @@ fn generated_commands_are_answered_as_redis_answers_them() {
             panic!("{difference}");
         }
     }
+}
+
+/// Pushes numbers until the other side is gone; how many were acknowledged.
+fn push_until_cut(address: &str, writer: usize, pushed: &AtomicUsize) -> usize {
+    let mut stream = BufReader::new(TcpStream::connect(address).unwrap());
+    for number in 0.. {
+        let request = encode(&["RPUSH", "list", &format!("{writer}:{number}")]);
+        let mut reply = String::new();
+        let is_answered = stream.get_mut().write_all(&request).is_ok() && stream.read_line(&mut reply).is_ok();
+        if !is_answered || !reply.ends_with("\r\n") {
+            return number;
+        }
+        pushed.fetch_add(1, Ordering::Relaxed);
+    }
+    unreachable!("numbers do not end")
+}
+
+#[test]
+fn a_push_that_was_acknowledged_survives_a_sigkill() {
+    const WRITERS: usize = 8;
+    let mut goflow = Goflow::start(&["--shard", "a=embedded:store"]);
+    for round in 1..=3 {
+        goflow.wire().say("DEL list");
+        let pushed = AtomicUsize::new(0);
+        let address = goflow.address().to_owned();
+        let acknowledged: Vec<usize> = std::thread::scope(|scope| {
+            let writers: Vec<_> = (0..WRITERS)
+                .map(|writer| {
+                    let (address, pushed) = (&address, &pushed);
+                    scope.spawn(move || push_until_cut(address, writer, pushed))
+                })
+                .collect();
+            crate::eventually!("some are pushed", (pushed.load(Ordering::Relaxed) > 300 * round).then_some(()));
+            goflow.kill();
+            writers.into_iter().map(|writer| writer.join().unwrap()).collect()
+        });
+        goflow.restart();
+        let there: Vec<String> = goflow.wire().say("LRANGE list 0 -1").items().iter().map(Value::text).collect();
+        for (writer, acknowledged) in acknowledged.into_iter().enumerate() {
+            let prefix = format!("{writer}:");
+            let numbers: Vec<usize> =
+                there.iter().filter_map(|item| item.strip_prefix(&prefix)?.parse().ok()).collect();
+            // The one that was under way may be there as well; each once, and in the order in which they were sent.
+            assert!([acknowledged, acknowledged + 1].contains(&numbers.len()), "{acknowledged} of {}", numbers.len());
+            assert!(numbers.iter().enumerate().all(|(place, number)| place == *number));
+        }
+    }
+}
+
+#[test]
+fn a_worker_that_waits_gets_what_is_pushed_and_a_transaction_is_one() {
+    let goflow = Goflow::start(&["--shard", "a=embedded:store"]);
+    let (mut worker, mut client) = (goflow.wire(), goflow.wire());
+    worker.send(&["BRPOP", "jobs", "0"]);
+    assert_eq!(client.say("LPUSH jobs one"), Value::Integer(1));
+    assert_eq!(worker.read(), Value::Array(vec![Value::Bulk("jobs".into()), Value::Bulk("one".into())]));
+    client.say("WATCH count");
+    worker.say("INCR count");
+    client.say("MULTI");
+    client.say("INCR count");
+    assert_eq!(client.say("EXEC"), Value::Null);
+    client.say("MULTI");
+    client.say("INCR count");
+    client.say("LPUSH count x");
+    let told = client.say("EXEC");
+    assert_eq!(told.items()[0], Value::Integer(2));
+    assert!(told.items()[1].is_error("WRONGTYPE"));
 }

@@ -26,6 +26,7 @@ fn protocol_md_holds_the_reference_of_the_command_table() {
     let old = std::fs::read_to_string(&path).unwrap();
     let new = replace_section(&old, "commands", &reference::commands());
     let new = replace_section(&new, "errors", &reference::errors());
+    let new = replace_section(&new, "embedded", &goflow::shard::keys::reference());
     if new != old {
         std::fs::write(&path, new).unwrap();
         panic!("protocol.md was rewritten; read what changed as a user would, and commit it");

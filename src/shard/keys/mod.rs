@@ -99,18 +99,20 @@ const fn command(name: &'static str, arity: i8, run: fn(&mut Database, Args<'_>)
     Command { name, arity, run }
 }
 
-static FAMILIES: [&[Command]; 7] = [
-    generic::COMMANDS,
-    string::COMMANDS,
-    list::COMMANDS,
-    hash::COMMANDS,
-    set::COMMANDS,
-    zset::COMMANDS,
-    stream::COMMANDS,
+/// The commands by family, as the reference names them.
+static FAMILIES: [(&str, &[Command]); 7] = [
+    ("keys of any kind", generic::COMMANDS),
+    ("strings", string::COMMANDS),
+    ("lists", list::COMMANDS),
+    ("hashes", hash::COMMANDS),
+    ("sets", set::COMMANDS),
+    ("sorted sets", zset::COMMANDS),
+    ("streams", stream::COMMANDS),
 ];
 
-static SERVED: LazyLock<HashMap<&'static str, &'static Command>> =
-    LazyLock::new(|| FAMILIES.iter().flat_map(|family| family.iter()).map(|command| (command.name, command)).collect());
+static SERVED: LazyLock<HashMap<&'static str, &'static Command>> = LazyLock::new(|| {
+    FAMILIES.iter().flat_map(|(_, family)| family.iter()).map(|command| (command.name, command)).collect()
+});
 
 /// What Redis has and a local shard does not, by what is missing.
 static REFUSED: &[(&str, &[&str])] = &[
@@ -140,16 +142,20 @@ static REFUSED: &[(&str, &[&str])] = &[
     ("the longest common subsequence", &["lcs"]),
 ];
 
-/// The names of the commands that are served, in upper case and in order, for the reference in `protocol.md`.
-pub fn served() -> Vec<String> {
-    let mut names: Vec<String> = SERVED.keys().map(|name| name.to_ascii_uppercase()).collect();
-    names.sort();
-    names
-}
-
-/// What is not served, and which commands that takes away.
-pub fn refused() -> &'static [(&'static str, &'static [&'static str])] {
-    REFUSED
+/// The tables of what is served and what is not, for `protocol.md`.
+pub fn reference() -> String {
+    let cell = |names: &mut dyn Iterator<Item = &str>| {
+        names.map(|name| format!("`{}`", name.to_ascii_uppercase())).collect::<Vec<_>>().join(" ")
+    };
+    let mut text = String::from("| served | |\n| --- | --- |\n");
+    for (family, commands) in FAMILIES {
+        text += &format!("| {family} | {} |\n", cell(&mut commands.iter().map(|command| command.name)));
+    }
+    text += "\n| refused | |\n| --- | --- |\n";
+    for (what, names) in REFUSED {
+        text += &format!("| {what} | {} |\n", cell(&mut names.iter().copied()));
+    }
+    text
 }
 
 /// What one key holds.
@@ -714,6 +720,10 @@ mod tests {
         assert_eq!(text, "ERR 'eval' is not served: this shard is embedded and has no scripts");
         let refused: Vec<&str> = REFUSED.iter().flat_map(|(_, names)| names.iter().copied()).collect();
         assert!(refused.iter().all(|name| !SERVED.contains_key(name)));
-        assert_eq!(SERVED.len(), FAMILIES.iter().map(|family| family.len()).sum::<usize>(), "a command is named twice");
+        assert_eq!(
+            SERVED.len(),
+            FAMILIES.iter().map(|(_, family)| family.len()).sum::<usize>(),
+            "a command is named twice"
+        );
     }
 }
