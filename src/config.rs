@@ -60,6 +60,7 @@ pub struct Config {
     pub queue: QueueConfig,
     pub timeouts: TimeoutsConfig,
     pub auth: AuthConfig,
+    pub forward: ForwardConfig,
     /// Never empty once loaded.
     pub shard: Vec<ShardConfig>,
 }
@@ -78,6 +79,7 @@ impl Default for Config {
             queue: QueueConfig::default(),
             timeouts: TimeoutsConfig::default(),
             auth: AuthConfig::default(),
+            forward: ForwardConfig::default(),
             shard: Vec::new(),
         }
     }
@@ -116,6 +118,20 @@ pub enum LogFormat {
 impl Default for LogConfig {
     fn default() -> Self {
         LogConfig { level: "info".into(), format: LogFormat::Text, slow_ms: 200 }
+    }
+}
+
+/// `[forward]`: ordinary commands.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ForwardConfig {
+    /// Commands that pass although they are refused otherwise, with blanks between; each goes to every shard.
+    pub allow: String,
+}
+
+impl ForwardConfig {
+    pub fn allowed(&self) -> Vec<String> {
+        self.allow.split_ascii_whitespace().map(str::to_ascii_uppercase).collect()
     }
 }
 

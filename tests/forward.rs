@@ -427,3 +427,80 @@ fn what_is_in_flight_when_a_shard_dies_is_answered_and_the_next_goes_through() {
     eventually!("it goes on", (wire.say("SET a 2") == Value::Simple("OK".into())).then_some(()));
     assert_eq!(wire.say("GET a").text(), "2");
 }
+
+/// Many clients block on many lists over four shards: each shard sees few connections, the proxy idles, and every element
+/// that is pushed arrives once. `GOFLOW_FORWARD_CLIENTS` says how many clients (300 by default; the soak takes 5,000).
+#[test]
+fn many_blocked_clients_cost_few_connections_and_no_element_is_lost_or_doubled() {
+    let clients: usize = std::env::var("GOFLOW_FORWARD_CLIENTS").map_or(300, |text| text.parse().unwrap());
+    let (lists, each) = (clients / 10, 10);
+    let farm = farm(4);
+    let mut wire = farm.goflow.wire();
+    let address = farm.goflow.address().to_owned();
+    let taken = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (go, gone) = std::sync::mpsc::channel::<()>();
+    let takers = taken.clone();
+    let work = std::thread::spawn(move || {
+        runtime.block_on(async move {
+            for client in 0..clients {
+                let mut socket = tokio::net::TcpStream::connect(&address).await.unwrap();
+                let (takers, list) = (takers.clone(), format!("list{}", client % lists));
+                tokio::spawn(async move {
+                    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+                    let request = encode(&["BRPOP", &list, "0"]);
+                    let mut buffer = Vec::new();
+                    loop {
+                        socket.write_all(&request).await.unwrap();
+                        let end = loop {
+                            if let Some(end) = reply_end(&buffer, &mut ScanState::default()).unwrap() {
+                                break end;
+                            }
+                            if !matches!(socket.read_buf(&mut buffer).await, Ok(1..)) {
+                                return;
+                            }
+                        };
+                        let reply: Vec<u8> = buffer.drain(..end).collect();
+                        let value = String::from_utf8_lossy(&reply).split("\r\n").nth(4).unwrap_or_default().to_owned();
+                        takers.lock().unwrap().push(value);
+                    }
+                });
+            }
+            tokio::task::spawn_blocking(move || gone.recv()).await.unwrap().unwrap_err();
+        });
+    });
+    let blocked = format!("blocked_clients:{clients}\r\n");
+    eventually!("all are blocked", wire.say("INFO clients").text().contains(&blocked).then_some(()));
+    for shard in &farm.shards {
+        let connections = shard.wire().say("CLIENT LIST").text().lines().count();
+        assert!(connections <= 17, "{connections} connections, this one included");
+    }
+    let spent = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", farm.goflow.id())).unwrap();
+        let fields: Vec<u64> = stat.split(' ').skip(13).take(2).map(|field| field.parse().unwrap()).collect();
+        fields[0] + fields[1]
+    };
+    let (before, began) = (spent(), std::time::Instant::now());
+    if clients >= 5_000 {
+        std::thread::sleep(Duration::from_secs(10));
+        let share = (spent() - before) as f64 / began.elapsed().as_secs_f64();
+        println!("idle CPU {share:.2} % with {clients} blocked clients");
+    }
+    for round in 0..each {
+        for client in 0..clients {
+            wire.send(&["LPUSH", &format!("list{}", client % lists), &format!("{round}:{client}")]);
+        }
+        for _ in 0..clients {
+            assert!(wire.read().integer() > 0);
+        }
+    }
+    let all = clients * each;
+    eventually!("every element has arrived", (taken.lock().unwrap().len() >= all).then_some(()));
+    let mut values = taken.lock().unwrap().clone();
+    values.sort();
+    values.dedup();
+    assert_eq!((values.len(), taken.lock().unwrap().len()), (all, all));
+    println!("{all} elements in {:?}", began.elapsed());
+    drop(go);
+    work.join().unwrap();
+}

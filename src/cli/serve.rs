@@ -84,6 +84,6 @@ fn setup(config: &Config, shards: Vec<ShardEntry>) -> Setup {
         auth: Auth { users: config.users() },
         settings: config.shown(),
         slow: config.log.slow(),
-        allowed: Vec::new(),
+        allowed: config.forward.allowed(),
     }
 }
