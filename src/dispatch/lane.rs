@@ -11,12 +11,15 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::mem::discriminant;
+use std::ops::Bound;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use dashmap::DashMap;
 use foldhash::fast::RandomState;
+use futures_util::FutureExt;
 use rand::Rng;
 use tokio::sync::{Notify, oneshot};
 
@@ -42,8 +45,12 @@ const CLAIMS_ON_HEARSAY: usize = 64;
 const QUEUES_KEPT_MAX: usize = 100_000;
 /// The slow poll that stands behind wake-ups and timers.
 const SWEEP_EVERY: Duration = Duration::from_secs(2);
-/// Queues looked at in one sweep.
+/// Queues looked at in one sweep: so many with waiters, and so many of all.
 const SWEEP_QUEUES_MAX: usize = 64;
+/// Releases that are kept for a shard that is out of reach; what is more comes back when its lease ends.
+const OWED_MAX: usize = 10_000;
+/// Tickets in the mailbox before those that are over are cleared out.
+const PARKED_MIN: usize = 1_024;
 /// After a failure operations are refused for this long, doubling to the maximum, before one batch tries the shard again.
 const REST_MIN: Duration = Duration::from_millis(50);
 const REST_MAX: Duration = Duration::from_millis(1_000);
@@ -82,8 +89,7 @@ impl Drop for Hold {
         if let Some(lane) = self.lane.take() {
             // Last leased first, so that each lands before the one that stood behind it.
             for lease in self.leases.drain(..).rev() {
-                let action = Action::Release { lease, delay: 0 };
-                lane.mail().push_own(Op { queue: self.queue.clone(), action }, Answer::Nobody);
+                lane.mail().put(release(self.queue.clone(), lease));
             }
             lane.bell.notify_one();
         }
@@ -95,6 +101,8 @@ enum Answer {
     Session(oneshot::Sender<Result<Outcome>>),
     Leasing(oneshot::Sender<Result<Leased>>),
     Ticket(Arc<Ticket>),
+    /// Nobody, but it must be done: a shard that is out of reach is told again when it is back.
+    Owed(Name, Lease),
     Nobody,
 }
 
@@ -111,6 +119,8 @@ struct Mailbox {
     parcels: VecDeque<Parcel>,
     bytes: usize,
     parked: Vec<(Name, Arc<Ticket>)>,
+    /// How many were parked after those that are over were last cleared out.
+    parked_cleared: usize,
     /// Queues to look at again because another lane let go of a ticket.
     nudged: HashSet<Name, RandomState>,
     /// Queues of which the shard said that they stopped being empty; `all_woken` when it may have said more.
@@ -120,13 +130,24 @@ struct Mailbox {
 
 impl Mailbox {
     fn push(&mut self, op: Op, session: u64, answer: Answer) {
-        self.bytes += op_bytes(&op);
-        self.parcels.push_back(Parcel { op, session, answer });
+        self.put(Parcel { op, session, answer });
     }
 
-    fn push_own(&mut self, op: Op, answer: Answer) {
-        self.push(op, 0, answer);
+    fn put(&mut self, parcel: Parcel) {
+        self.bytes += op_bytes(&parcel.op);
+        self.parcels.push_back(parcel);
     }
+}
+
+/// Gives a lease back, attempt uncounted and at the job's old place.
+fn release(queue: Name, lease: Lease) -> Parcel {
+    let op = Op { queue: queue.clone(), action: Action::Release { lease, delay: 0 } };
+    Parcel { op, session: 0, answer: Answer::Owed(queue, lease) }
+}
+
+/// Moves what has fallen due in a queue, and asks how it stands.
+fn tick(queue: Name) -> Parcel {
+    Parcel { op: Op { queue, action: Action::Tick }, session: 0, answer: Answer::Nobody }
 }
 
 /// What a lane tells everybody about its shard.
@@ -245,7 +266,8 @@ impl Lane {
             }
         };
         tokio::time::timeout(ROOM_WAIT, roomy).await.map_err(|_| {
-            Error::new(Code::Overloaded, format!("{} operations wait for shard {} already", MAILBOX_OPS_MAX, self.name))
+            let bound = format!("{MAILBOX_OPS_MAX} operations or {MAILBOX_BYTES_MAX} bytes");
+            Error::new(Code::Overloaded, format!("{bound} wait for shard {} already; nothing was done", self.name))
         })
     }
 
@@ -290,7 +312,14 @@ impl Lane {
 
     /// Puts a ticket in the line of a queue.
     pub fn park(&self, queue: Name, ticket: Arc<Ticket>) {
-        self.mail().parked.push((queue, ticket));
+        let mut mail = self.mail();
+        // A lane whose shard hangs takes no tickets in, and clients that ask again and again must not pile up here.
+        if mail.parked.len() >= 2 * mail.parked_cleared + PARKED_MIN {
+            mail.parked.retain(|(_, ticket)| !ticket.is_over());
+            mail.parked_cleared = mail.parked.len();
+        }
+        mail.parked.push((queue, ticket));
+        drop(mail);
         self.bell.notify_one();
     }
 
@@ -332,13 +361,11 @@ impl Lane {
         self.shard.watch(Arc::new(move |queue| lane.woken(queue)));
         let mut line = Line::new(self, metrics);
         loop {
-            line.collect();
-            let batch = line.batch();
-            line.lane.applying.store(!batch.is_empty(), Ordering::Release);
-            if batch.is_empty() {
-                line.idle().await;
-            } else {
-                line.apply(batch).await;
+            // A lane that stopped would leave its sessions without an answer for ever. Whoever was in the batch that
+            // panicked is told that it may have happened.
+            if AssertUnwindSafe(line.turn()).catch_unwind().await.is_err() {
+                tracing::error!(shard = %line.lane.name, "a batch panicked; the lane goes on");
+                line.rest();
             }
         }
     }
@@ -383,9 +410,15 @@ struct Line {
     slots: HashMap<Name, Slot, RandomState>,
     /// Queues whose waiters may be served now.
     hot: BTreeSet<Name>,
+    /// The queue that was served last, so that each has its turn.
+    hot_after: Option<Name>,
     timers: BTreeSet<(Instant, Name)>,
     sweep_at: Instant,
     sweep_after: Option<Name>,
+    /// The same among the queues with waiters.
+    sweep_waiting_after: Option<Name>,
+    /// Releases that a shard out of reach has yet to hear of.
+    owed: VecDeque<Parcel>,
     /// Until when operations are refused after a failure, and the next rest's length.
     resting_until: Option<Instant>,
     rest: Duration,
@@ -398,12 +431,36 @@ impl Line {
             lane,
             slots: HashMap::default(),
             hot: BTreeSet::new(),
+            hot_after: None,
             timers: BTreeSet::new(),
             sweep_at: Instant::now() + SWEEP_EVERY,
             sweep_after: None,
+            sweep_waiting_after: None,
+            owed: VecDeque::new(),
             resting_until: None,
             rest: REST_MIN,
         }
+    }
+
+    /// One batch, or a wait for something to do.
+    async fn turn(&mut self) {
+        if !self.is_resting() && Instant::now() >= self.sweep_at {
+            self.sweep().await;
+        }
+        self.collect();
+        // Before the parcels leave the mailbox, so that a lane with work never looks idle.
+        self.lane.applying.store(true, Ordering::Release);
+        let batch = self.batch();
+        if batch.is_empty() {
+            self.lane.applying.store(false, Ordering::Release);
+            self.idle().await;
+        } else {
+            self.apply(batch).await;
+        }
+    }
+
+    fn is_resting(&self) -> bool {
+        self.resting_until.is_some_and(|until| Instant::now() < until)
     }
 
     /// Takes in tickets, nudges, wake-ups and timers that came since the last batch.
@@ -415,6 +472,7 @@ impl Line {
                 drop(mail);
                 return self.collect_due();
             }
+            mail.parked_cleared = 0;
             (
                 std::mem::take(&mut mail.parked),
                 std::mem::take(&mut mail.nudged),
@@ -483,10 +541,12 @@ impl Line {
         if !taken.is_empty() {
             self.lane.room.notify_waiters();
         }
-        if self.resting_until.is_some_and(|until| Instant::now() < until) {
+        if self.is_resting() {
             self.refuse(taken);
             return Vec::new();
         }
+        let owed = self.owed.len().min(BATCH_JOBS_MAX);
+        taken.extend(self.owed.drain(..owed));
         let mut fresh: HashMap<Name, u64, RandomState> = HashMap::default();
         for parcel in &taken {
             if let Action::Enqueue { payloads, .. } = &parcel.op.action
@@ -497,16 +557,33 @@ impl Line {
         }
         let mut batch = into_runs(taken);
         self.hot.extend(fresh.keys().cloned());
-        for queue in std::mem::take(&mut self.hot) {
+        // However many queues fell due together, a batch stays one that a shard answers in time.
+        let most = batch.len() + BATCH_JOBS_MAX;
+        while batch.len() < most
+            && let Some(queue) = self.next_hot()
+        {
             self.claim(&queue, fresh.get(&queue).copied().unwrap_or(0), &mut batch);
         }
         batch
+    }
+
+    fn next_hot(&mut self) -> Option<Name> {
+        let after = self.hot_after.as_ref();
+        let next = after.and_then(|after| self.hot.range((Bound::Excluded(after), Bound::Unbounded)).next());
+        let next = next.or_else(|| self.hot.first()).cloned()?;
+        self.hot.remove(&next);
+        self.hot_after = Some(next.clone());
+        Some(next)
     }
 
     /// Puts claims for the oldest tickets of a queue into the batch, as many as jobs may be there; with no ticket to
     /// serve, a tick where the queue's state is not known.
     fn claim(&mut self, queue: &Name, fresh: u64, batch: &mut Vec<Parcel>) {
         let Some(slot) = self.slots.get_mut(queue) else { return };
+        if self.lane.is_down() {
+            // Asked without a ticket: a ticket that is claimed here gets nothing from the other lanes meanwhile.
+            return batch.push(tick(queue.clone()));
+        }
         let mut room = match slot.ready {
             Some(ready) => (ready + fresh).min(BATCH_JOBS_MAX as u64) as usize,
             None => CLAIMS_ON_HEARSAY.max(fresh.min(BATCH_JOBS_MAX as u64) as usize),
@@ -534,11 +611,7 @@ impl Line {
             slot.waiters.push_front(ticket);
         }
         if batch.len() == before && slot.ready.is_none() && fresh == 0 {
-            batch.push(Parcel {
-                op: Op { queue: queue.clone(), action: Action::Tick },
-                session: 0,
-                answer: Answer::Nobody,
-            });
+            batch.push(tick(queue.clone()));
         }
     }
 
@@ -548,7 +621,7 @@ impl Line {
         let mut answers = Vec::with_capacity(batch.len());
         for parcel in batch {
             let queue = match parcel.answer {
-                Answer::Session(_) | Answer::Nobody => None,
+                Answer::Session(_) | Answer::Owed(..) | Answer::Nobody => None,
                 Answer::Leasing(_) | Answer::Ticket(_) => Some(parcel.op.queue.clone()),
             };
             answers.push((parcel.answer, queue));
@@ -585,18 +658,39 @@ impl Line {
                     if let Some(queue) = queue {
                         match outcome.and_then(|outcome| self.leased(queue.clone(), outcome)) {
                             Ok(leased) if !leased.deliveries.is_empty() => ticket.deliver(leased),
-                            _ => returned.push((queue, ticket)),
+                            Err(error) if error.code == Code::ShardDown => returned.push((queue, ticket, None)),
+                            _ => returned.push((queue, ticket, Some(0))),
                         }
+                    }
+                }
+                Answer::Owed(queue, lease) => {
+                    if matches!(outcome, Err(error) if error.code == Code::ShardDown) {
+                        self.owe(queue, lease);
                     }
                 }
                 Answer::Nobody => {}
             }
         }
+        self.put_back(returned);
+    }
+
+    /// Puts tickets that got nothing back to the front of their lines, with what is now known of their queues. Where that
+    /// is not kept, two lanes nudge each other for ever, each asking anew: a slot may have gone with its last waiter.
+    fn put_back(&mut self, returned: Vec<(Name, Arc<Ticket>, Option<u64>)>) {
         // Last claimed first, so that the line stands as before.
-        for (queue, ticket) in returned.into_iter().rev() {
+        for (queue, ticket, ready) in returned.into_iter().rev() {
             if ticket.unclaim(&self.lane) {
-                self.slots.entry(queue).or_default().waiters.push_front(ticket);
+                let slot = self.slots.entry(queue).or_default();
+                slot.ready = ready;
+                slot.waiters.push_front(ticket);
             }
+        }
+    }
+
+    /// Keeps a release for when the shard is back.
+    fn owe(&mut self, queue: Name, lease: Lease) {
+        if self.owed.len() < OWED_MAX {
+            self.owed.push_back(release(queue, lease));
         }
     }
 
@@ -677,6 +771,11 @@ impl Line {
             tracing::warn!(shard = %self.lane.name, %error, "shard is down");
         }
         *self.lane.vitals.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        self.rest();
+    }
+
+    /// Leaves the shard alone for a while, each time longer.
+    fn rest(&mut self) {
         let jitter = rand::rng().random_range(0.75..1.25);
         self.resting_until = Some(Instant::now() + self.rest.mul_f64(jitter));
         self.rest = (self.rest * 2).min(REST_MAX);
@@ -689,6 +788,7 @@ impl Line {
             match parcel.answer {
                 Answer::Session(sender) => drop(sender.send(Err(error.clone()))),
                 Answer::Leasing(sender) => drop(sender.send(Err(error.clone()))),
+                Answer::Owed(queue, lease) => self.owe(queue, lease),
                 Answer::Ticket(_) | Answer::Nobody => {}
             }
         }
@@ -705,9 +805,7 @@ impl Line {
         tokio::select! {
             () = self.lane.bell.notified() => {}
             () = tokio::time::sleep_until(wake_at.into()) => {
-                if Instant::now() >= self.sweep_at {
-                    self.sweep().await;
-                } else if resting.is_some() {
+                if resting.is_some() {
                     // The first batch after a rest asks for whoever waits.
                     self.lane.woken(None);
                 }
@@ -725,18 +823,25 @@ impl Line {
             slot.waiters_cleared = slot.waiters.len();
             !slot.waiters.is_empty() || slot.due_at.is_some()
         });
-        let Ok(queues) = self.lane.shard.queues().await else { return };
-        let after = self.sweep_after.take();
-        let start = after.map_or(0, |after| queues.partition_point(|queue| *queue <= after));
-        let page = &queues[start..(start + SWEEP_QUEUES_MAX).min(queues.len())];
-        self.sweep_after = page.last().filter(|_| start + page.len() < queues.len()).cloned();
-        for queue in page {
-            if self.slots.len() < QUEUES_KEPT_MAX || self.slots.contains_key(queue) {
-                self.slots.entry(queue.clone()).or_default().ready = None;
-                self.hot.insert(queue.clone());
-            }
+        let mut waiting: Vec<Name> =
+            self.slots.iter().filter(|(_, slot)| !slot.waiters.is_empty()).map(|(queue, _)| queue.clone()).collect();
+        waiting.sort_unstable();
+        let mut page: BTreeSet<Name> = next_page(&waiting, &mut self.sweep_waiting_after).iter().cloned().collect();
+        if let Ok(queues) = self.lane.shard.queues().await {
+            page.extend(next_page(&queues, &mut self.sweep_after).iter().cloned());
         }
+        // Without tickets: what a shard that hangs has claimed, no other lane can serve.
+        let mut mail = self.lane.mail();
+        page.into_iter().for_each(|queue| mail.put(tick(queue)));
     }
+}
+
+/// The next of some sorted names, and from the start again after the last.
+fn next_page<'a>(names: &'a [Name], after: &mut Option<Name>) -> &'a [Name] {
+    let start = after.take().map_or(0, |after| names.partition_point(|name| *name <= after));
+    let page = &names[start..(start + SWEEP_QUEUES_MAX).min(names.len())];
+    *after = page.last().filter(|_| start + page.len() < names.len()).cloned();
+    page
 }
 
 /// Random lease tokens.
@@ -815,6 +920,49 @@ mod tests {
                 assert!(before.is_none_or(|before| before < number(parcel)), "a session was overtaken by itself");
             }
         }
+    }
+
+    fn lines(count: usize) -> Vec<Line> {
+        let metrics = Arc::new(Metrics::new(std::iter::empty::<&'static str>()).unwrap());
+        let make = |index| {
+            let name: Arc<str> = format!("s{index}").into();
+            let stamp = Stamp { deployment: "d".into(), shard: name.to_string(), map_version: 1, map: String::new() };
+            let shard = Arc::new(crate::shard::memory::Memory::new(crate::shard::Rules::default()));
+            Line::new(Lane::new(name, index, shard, stamp), metrics.clone())
+        };
+        (0..count).map(make).collect()
+    }
+
+    /// Lets the lanes work off what there is to do; false when it does not end.
+    async fn settles(lines: &mut [Line]) -> bool {
+        for _ in 0..10 {
+            let mut worked = false;
+            for line in lines.iter_mut() {
+                line.collect();
+                let batch = line.batch();
+                worked |= !batch.is_empty();
+                line.apply(batch).await;
+            }
+            if !worked {
+                return true;
+            }
+        }
+        false
+    }
+
+    #[tokio::test]
+    async fn a_client_that_waits_alone_costs_nothing_and_is_served() {
+        let mut lines = lines(2);
+        let lanes: Vec<Arc<Lane>> = lines.iter().map(|line| line.lane.clone()).collect();
+        let queue = Name::parse(b"main").unwrap();
+        let mut waiter = Ticket::park(vec![queue.clone()], lanes.clone(), 1, 1_000, Bytes::new());
+        assert!(settles(&mut lines).await, "the lanes go on asking for a job that is not there");
+        let action =
+            Action::Enqueue { policy: Arc::default(), payloads: vec!["x".into()], start: crate::shard::Start::Now };
+        let enqueued = lanes[1].submit(Op { queue, action }, 1);
+        assert!(settles(&mut lines).await);
+        assert!(enqueued.await.unwrap().is_ok());
+        assert_eq!(waiter.jobs().await.unwrap().deliveries.len(), 1);
     }
 
     #[test]
