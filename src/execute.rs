@@ -344,7 +344,7 @@ fn start_enqueue_many(parts: Vec<(Arc<Lane>, Op, usize)>, asker: Asker) -> Answe
                 outcome => {
                     let error = outcome.map_or_else(|error| error, |other| unexpected(&other));
                     replies.extend((0..count).map(|_| Reply::Error(error.clone())));
-                    failure = Some(error);
+                    failure = Some(graver(failure, error));
                 }
             }
         }
@@ -377,6 +377,8 @@ fn start_dequeue(dequeue: Dequeue, dispatcher: &Arc<Dispatcher>, asker: Asker) -
     // Shards are tried from another one each time, so that none is the last for ever.
     let first = rand::random_range(0..lanes.len());
     lanes.rotate_left(first);
+    // What is down is asked last, and only where the others have nothing.
+    lanes.sort_by_key(|lane| lane.is_down());
     let waits = dequeue.block_ms.is_some();
     let later: Later = Box::pin(take(dequeue, lanes, asker));
     Ok(if waits { Answer::Waiting(later) } else { Answer::Later(later) })
@@ -429,7 +431,7 @@ async fn take_now(dequeue: &Dequeue, lanes: &[Arc<Lane>], asker: Asker) -> Resul
     for queue in &dequeue.queues {
         for lane in lanes {
             let have: usize = found.iter().map(|leased| leased.deliveries.len()).sum();
-            if have >= wanted {
+            if have >= wanted || have > 0 && lane.is_down() {
                 return Ok(Some(found));
             }
             let leased = match lane.room().await {
@@ -542,12 +544,17 @@ fn sum(ops: Vec<(Arc<Lane>, Op)>, asker: Asker) -> Answer {
         for (_, outcome) in outcomes.await {
             match outcome {
                 Ok(Outcome::Count(count)) => total += count,
-                Ok(other) => failure = Some(unexpected(&other)),
-                Err(error) => failure = Some(error),
+                Ok(other) => failure = Some(graver(failure, unexpected(&other))),
+                Err(error) => failure = Some(graver(failure, error)),
             }
         }
         Done::Reply(failure.map_or(Reply::count(total), |error| partly(error, total).into()))
     }))
+}
+
+/// Of two failures the one to answer with: what may have happened must not be hidden behind what did not.
+fn graver(before: Option<Error>, error: Error) -> Error {
+    before.filter(|before| before.happened == Happened::Maybe || error.happened == Happened::No).unwrap_or(error)
 }
 
 fn partly(mut error: Error, total: u64) -> Error {
@@ -558,22 +565,33 @@ fn partly(mut error: Error, total: u64) -> Error {
 }
 
 fn start_each(op: Op, merge: Merge, map: Arc<ShardMap>, asker: Asker) -> Answer {
+    let changes = matches!(op.action, Action::Pause { .. });
     let outcomes = scatter(map.lanes.iter().map(|lane| (lane.clone(), op.clone())).collect(), asker);
     Answer::Later(Box::pin(async move {
-        let mut good = Vec::new();
+        let (mut good, mut failure) = (Vec::new(), None);
         for (shard, outcome) in outcomes.await {
             match outcome {
                 Ok(outcome) => good.push((shard, outcome)),
-                Err(error) => return Done::Reply(error.into()),
+                Err(error) => failure = Some(graver(failure, error)),
             }
         }
-        Done::Reply(merge(good))
+        match failure {
+            None => Done::Reply(merge(good)),
+            Some(mut error) => {
+                if changes && !good.is_empty() {
+                    let done: Vec<&str> = good.iter().map(|(shard, _)| &**shard).collect();
+                    error.text = format!("{} (it was done on {})", error.text, done.join(", ")).into();
+                }
+                Done::Reply(error.into())
+            }
+        }
     }))
 }
 
-/// Bulk work in bounded steps, so that it holds up nobody's batch for long.
+/// Bulk work in bounded steps, so that it holds up nobody's batch for long. A shard that fails does not keep it from the
+/// others.
 async fn drain(op: Op, map: Arc<ShardMap>, asker: Asker) -> Done {
-    let mut total = 0;
+    let (mut total, mut failure) = (0, None);
     for lane in &map.lanes {
         let mut op = op.clone();
         loop {
@@ -587,9 +605,12 @@ async fn drain(op: Op, map: Arc<ShardMap>, asker: Asker) -> Done {
                     }
                 }
                 Ok(other) => return Done::Reply(unexpected(&other).into()),
-                Err(error) => return Done::Reply(partly(error, total).into()),
+                Err(error) => {
+                    failure = Some(graver(failure, error));
+                    break;
+                }
             }
         }
     }
-    Done::Reply(Reply::count(total))
+    Done::Reply(failure.map_or(Reply::count(total), |error| partly(error, total).into()))
 }
