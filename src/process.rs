@@ -14,6 +14,7 @@ use crate::dispatch::Dispatcher;
 use crate::error::{Code, Error, Result};
 use crate::execute::Answer;
 use crate::forward::Forwarding;
+use crate::job::Name;
 use crate::metrics::Metrics;
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::Bounds;
@@ -21,6 +22,9 @@ use crate::shard::{Action, Op, Outcome};
 
 /// The version of Redis whose commands and replies clients may expect here.
 pub const REDIS_VERSION: &str = "7.2.0";
+
+/// Queues whose counters are asked for together.
+const TOTALS_GROUP: usize = 64;
 
 /// Who may connect.
 #[derive(Clone, Debug, Default)]
@@ -199,21 +203,34 @@ impl Process {
         }
     }
 
-    /// Every queue of every shard that answers.
+    /// Every queue of every shard that answers; an error only when none does.
     async fn totals(&self) -> Result<Reply> {
         let map = self.dispatcher.map();
         let mut totals = Totals::default();
         totals.shards = map.lanes.len() as u64;
-        let mut names = BTreeSet::new();
+        let (mut names, mut failure, mut answered) = (BTreeSet::new(), None, false);
         for lane in &map.lanes {
-            for queue in lane.shard().queues().await? {
-                let stats = Op { queue: queue.clone(), action: Action::Stats };
-                lane.room().await?;
-                if let Ok(Ok(Outcome::Stats(stats))) = lane.submit(stats, 0).await {
-                    totals.add(&stats);
+            let queues = match lane.shard().queues().await {
+                Ok(queues) => queues,
+                Err(error) => {
+                    failure = Some(error);
+                    continue;
                 }
-                names.insert(queue);
+            };
+            answered = true;
+            for group in queues.chunks(TOTALS_GROUP) {
+                lane.room().await?;
+                let ask = |queue: &Name| lane.submit(Op { queue: queue.clone(), action: Action::Stats }, 0);
+                for outcome in group.iter().map(ask).collect::<Vec<_>>() {
+                    if let Ok(Ok(Outcome::Stats(stats))) = outcome.await {
+                        totals.add(&stats);
+                    }
+                }
             }
+            names.extend(queues);
+        }
+        if let Some(error) = failure.filter(|_| !answered) {
+            return Err(error);
         }
         totals.queues = names.len() as u64;
         Ok(totals.reply(Reply::Null))
