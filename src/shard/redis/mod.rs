@@ -17,7 +17,7 @@ mod server;
 
 use std::collections::HashSet;
 use std::sync::{Arc, LazyLock, Mutex as SyncMutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
 use tokio::sync::Mutex;
@@ -99,6 +99,13 @@ impl Keys {
     }
 }
 
+/// The connection, if there is one; or when, and why, there was none to be had.
+#[derive(Default)]
+struct Link {
+    live: Option<Live>,
+    failed: Option<(Instant, String)>,
+}
+
 /// One shard on one server, or on one partition of a cluster.
 pub struct Redis {
     name: Arc<str>,
@@ -106,7 +113,7 @@ pub struct Redis {
     rules: Rules,
     timeouts: Timeouts,
     home: Arc<Home>,
-    live: Mutex<Option<Live>>,
+    live: Mutex<Link>,
     /// Queues that are in the registry, by this process's doing.
     registered: SyncMutex<HashSet<Name, RandomState>>,
     watcher: SyncMutex<Option<AbortHandle>>,
@@ -146,7 +153,7 @@ impl Redis {
             rules,
             timeouts,
             home,
-            live: Mutex::new(None),
+            live: Mutex::default(),
             registered: SyncMutex::default(),
             watcher: SyncMutex::default(),
         }
@@ -162,25 +169,37 @@ impl Redis {
 
     /// The connection, opened where there is none. Whatever fails here has written nothing.
     async fn live(&self) -> Result<Live> {
-        let mut slot = self.live.lock().await;
-        if let Some(live) = &*slot {
+        let asked_at = Instant::now();
+        let mut link = self.live.lock().await;
+        if let Some(live) = &link.live {
             return Ok(live.clone());
+        }
+        // Who stood in line while another tried in vain has its answer: one after the other they would wait for hours.
+        if let Some((failed_at, why)) = &link.failed
+            && *failed_at >= asked_at
+        {
+            return Err(self.down(why, Happened::No));
         }
         match self.home.connect(SCRIPT).await {
             Ok(live) => {
                 // A server that was restarted without its data has also lost the registry.
                 self.registered().clear();
-                Ok(slot.insert(live).clone())
+                link.failed = None;
+                Ok(link.live.insert(live).clone())
             }
-            Err(why) => Err(self.down(&why, Happened::No)),
+            Err(why) => {
+                let error = self.down(&why, Happened::No);
+                link.failed = Some((Instant::now(), why));
+                Err(error)
+            }
         }
     }
 
     /// Drops a connection that failed; the next call opens another.
     async fn hang_up(&self, failed: &Live) {
-        let mut slot = self.live.lock().await;
-        if slot.as_ref().is_some_and(|live| live.id == failed.id) {
-            *slot = None;
+        let mut link = self.live.lock().await;
+        if link.live.as_ref().is_some_and(|live| live.id == failed.id) {
+            link.live = None;
         }
         self.home.forget(failed);
     }
