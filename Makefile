@@ -1,7 +1,7 @@
 # run    the queue, with an embedded shard in ./goflow-data, on 127.0.0.1:6380
 # test   everything that must hold before a change is done; says first what is missing (.ci/setup installs it)
 # lint   formatting and lints alone
-# soak   the model test, the recovery tests and the loss test, long
+# soak   the model test, the recovery, loss and fleet tests, long
 # bench  the load generator against a server of its own
 
 CARGO ?= cargo
@@ -25,7 +25,8 @@ KILLS = 40
 
 soak:
 	GOFLOW_PATIENCE_S=3600 GOFLOW_MODEL_STEPS=$(JOBS) GOFLOW_LOSS_JOBS=$(JOBS) GOFLOW_LOSS_KILLS=$(KILLS) \
-	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 model:: recovery:: loss::
+	  GOFLOW_FLEET_JOBS=$(JOBS) GOFLOW_FLEET_RATE=2000 \
+	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 model:: recovery:: loss:: fleet::
 
 bench:
 	$(CARGO) run --release -- bench

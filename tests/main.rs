@@ -5,6 +5,8 @@
 mod conformance;
 /// What is under deploy/ fits this program and the programs that read it.
 mod deploy;
+/// Proxies behind HAProxy are replaced under load.
+mod fleet;
 /// Ordinary commands: the replies of Redis, over one shard and over several.
 mod forward;
 /// What hostile clients send is taken as Redis takes it; parser and scanner meet any bytes.

@@ -45,7 +45,8 @@ impl Goflow {
         Goflow::start_on("127.0.0.1:0", args, env)
     }
 
-    fn start_on(http: &str, args: &[&str], env: &[(&str, &str)]) -> Goflow {
+    /// The same with HTTP on this address.
+    pub fn start_on(http: &str, args: &[&str], env: &[(&str, &str)]) -> Goflow {
         let dir = scratch();
         let usual = ["serve", "--listen", "127.0.0.1:0", "--http", http];
         let args: Vec<&str> = usual.iter().chain(args).copied().collect();
