@@ -18,8 +18,8 @@ use super::hub::{Inbox, Kind, is_own};
 use super::{Forwarded, Request, Shape, Started, Ways, check_key, cross_shard, park, put_request, spread, submit_unit};
 use crate::command::ordinary::{How, Row, Step, Talk};
 use crate::error::{Code, Error, Happened, Result};
-use crate::resp::cut;
 use crate::resp::reply::{Protocol, Reply};
+use crate::resp::{cut, glob};
 use crate::shard::Keyspace;
 use crate::shard::redis::link::Link;
 
@@ -528,9 +528,8 @@ fn ask(ways: &Arc<Ways>, request: Request<'_>) -> Started {
                 }
                 if kind == Kind::Channel {
                     let own = ways.shared.hub.own_channels().into_iter();
-                    names.extend(
-                        own.filter(|name| pattern.as_ref().is_none_or(|pattern| super::hub::glob(pattern, name))),
-                    );
+                    names
+                        .extend(own.filter(|name| pattern.as_ref().is_none_or(|pattern| glob::matches(pattern, name))));
                 }
                 Reply::Array(names.into_iter().map(Reply::Bulk).collect())
             }))

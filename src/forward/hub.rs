@@ -15,8 +15,8 @@ use bytes::{Bytes, BytesMut};
 use foldhash::fast::RandomState;
 
 use super::{OWN_KEYS, put_request};
-use crate::resp::cut;
 use crate::resp::reply::{Protocol, Reply};
+use crate::resp::{cut, glob};
 use crate::shard::redis::link::Link;
 
 /// Most bytes that wait for one subscriber.
@@ -147,7 +147,7 @@ impl Hub {
     pub fn publish(&self, channel: &Bytes, payload: &[u8]) -> usize {
         let topics = self.topics();
         let mut count = deliver(&topics[Kind::Channel as usize], Kind::Channel, channel, channel, payload);
-        for pattern in topics[Kind::Pattern as usize].keys().filter(|pattern| glob(pattern, channel)) {
+        for pattern in topics[Kind::Pattern as usize].keys().filter(|pattern| glob::matches(pattern, channel)) {
             count += deliver(&topics[Kind::Pattern as usize], Kind::Pattern, pattern, channel, payload);
         }
         count
@@ -161,7 +161,9 @@ impl Hub {
         let mut clients = own.map_or(0, |topic| topic.inboxes.len());
         let mut subscriptions = usize::from(own.is_some_and(|topic| topic.home.is_some()));
         if kind == Kind::Channel {
-            for (_, topic) in topics[Kind::Pattern as usize].iter().filter(|(pattern, _)| glob(pattern, channel)) {
+            for (_, topic) in
+                topics[Kind::Pattern as usize].iter().filter(|(pattern, _)| glob::matches(pattern, channel))
+            {
                 clients += topic.inboxes.len();
                 subscriptions += usize::from(topic.home.is_some());
             }
@@ -249,90 +251,9 @@ pub fn is_own(name: &[u8]) -> bool {
     name.starts_with(OWN_KEYS)
 }
 
-/// Redis's glob over bytes: `*`, `?`, `[a-z]`, `[^a]`, `\x`.
-pub fn glob(pattern: &[u8], text: &[u8]) -> bool {
-    let (mut p, mut t, mut star) = (0, 0, None);
-    loop {
-        let step = match (pattern.get(p), text.get(t)) {
-            (None, None) => return true,
-            (Some(b'*'), _) => {
-                star = Some((p + 1, t));
-                p += 1;
-                continue;
-            }
-            (Some(_), Some(byte)) => glob_one(&pattern[p..], *byte),
-            _ => None,
-        };
-        match (step, star) {
-            (Some(taken), _) => (p, t) = (p + taken, t + 1),
-            // Let the last star take one byte more.
-            (None, Some((after, at))) if at < text.len() => {
-                star = Some((after, at + 1));
-                (p, t) = (after, at + 1);
-            }
-            _ => return false,
-        }
-    }
-}
-
-/// How many bytes of the pattern match this one byte of the text.
-fn glob_one(pattern: &[u8], byte: u8) -> Option<usize> {
-    match pattern {
-        [b'?', ..] => Some(1),
-        [b'\\', literal, ..] => (*literal == byte).then_some(2),
-        [b'[', rest @ ..] => {
-            let (negated, mut at) = if rest.first() == Some(&b'^') { (true, 1) } else { (false, 0) };
-            let mut found = false;
-            loop {
-                match rest.get(at..).unwrap_or_default() {
-                    [] => break,
-                    [b']', ..] => {
-                        at += 1;
-                        break;
-                    }
-                    [b'\\', literal, ..] => {
-                        found |= *literal == byte;
-                        at += 2;
-                    }
-                    [low, b'-', high, ..] => {
-                        found |= (*low.min(high)..=*low.max(high)).contains(&byte);
-                        at += 3;
-                    }
-                    [literal, ..] => {
-                        found |= *literal == byte;
-                        at += 1;
-                    }
-                }
-            }
-            (found != negated).then_some(at + 1)
-        }
-        [literal, ..] => (*literal == byte).then_some(1),
-        [] => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn patterns_match_as_in_redis() {
-        for (pattern, text, matches) in [
-            ("*", "", true),
-            ("a*c", "abbc", true),
-            ("a*c", "abb", false),
-            ("h[ae]llo", "hallo", true),
-            ("h[^e]llo", "hello", false),
-            ("h[a-c]llo", "hbllo", true),
-            ("a\\*b", "a*b", true),
-            ("a\\*b", "axb", false),
-            ("", "a", false),
-            ("?", "", false),
-            ("*a*b", "xaxxb", true),
-        ] {
-            assert_eq!(glob(pattern.as_bytes(), text.as_bytes()), matches, "{pattern} on {text}");
-        }
-    }
 
     #[test]
     fn a_subscriber_that_does_not_read_is_given_up_and_hurts_nobody() {

@@ -138,6 +138,7 @@ static REFUSED: &[(&str, &[&str])] = &[
     ("sorting", &["sort", "sort_ro"]),
     ("serialised values", &["dump", "restore", "migrate"]),
     ("object introspection", &["object", "memory"]),
+    ("copies of keys", &["copy"]),
     ("several databases", &["move", "swapdb"]),
     ("the longest common subsequence", &["lcs"]),
 ];
