@@ -40,14 +40,28 @@ const READ_AHEAD: usize = 64 << 10;
 /// Room for one read: at first, and at most.
 const READ_MIN: usize = 4 << 10;
 const READ_MAX: usize = 64 << 10;
+/// An output buffer that was larger is given back once it is sent.
+const OUTPUT_KEPT: usize = 16 << 10;
 
 /// Serves one connection until it ends.
 pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(socket: S, peer: Arc<Peer>, process: Arc<Process>) {
-    let mut session = Session::new(socket, peer.clone(), process.clone());
+    let _registered = Registered { id: peer.id, process: process.clone() };
+    let mut session = Session::new(socket, peer.clone(), process);
     if let Err(error) = std::future::poll_fn(|context| session.poll(context)).await {
         tracing::debug!(client = peer.id, %error, "connection ended");
     }
-    process.clients.forget(peer.id);
+}
+
+/// A client that is counted until it is gone, however its session ends.
+struct Registered {
+    id: u64,
+    process: Arc<Process>,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        self.process.clients.forget(self.id);
+    }
 }
 
 /// A request on its way, with the protocol it was sent under.
@@ -71,12 +85,16 @@ struct Session<S> {
     parser: Parser,
     words: Vec<Bytes>,
     input: BytesMut,
+    /// The most that was reserved for `input` since it was last given back.
+    input_size: usize,
     read_size: usize,
     input_ended: bool,
     /// No further request is parsed; the connection closes when its answers are out.
     closing: bool,
     pending: VecDeque<Pending>,
     output: BytesMut,
+    /// The largest that `output` was since it was last empty; its own capacity shrinks as it is sent.
+    output_size: usize,
     /// Bytes ever written to the socket, and what is settled once so many are out.
     written: u64,
     holds: VecDeque<(u64, Vec<Keep>)>,
@@ -102,11 +120,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             parser: Parser::new(bounds),
             words: Vec::new(),
             input: BytesMut::new(),
+            input_size: 0,
             read_size: READ_MIN,
             input_ended: false,
             closing: false,
             pending: VecDeque::new(),
             output: BytesMut::new(),
+            output_size: 0,
             written: 0,
             holds: VecDeque::new(),
             reply_mode: ReplyMode::On,
@@ -412,6 +432,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
 
     /// Sends what is written; pending while the socket is full.
     fn flush(&mut self, context: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        self.output_size = self.output_size.max(self.output.capacity());
         while !self.output.is_empty() {
             match Pin::new(&mut self.socket).poll_write(context, &self.output) {
                 Poll::Pending => return Poll::Pending,
@@ -430,8 +451,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         {
             holds.into_iter().for_each(Keep::settle);
         }
-        if self.output.capacity() > 2 * OUTPUT_PAUSE {
+        if self.output_size > OUTPUT_KEPT && self.pending.is_empty() || self.output_size > 2 * OUTPUT_PAUSE {
             self.output = BytesMut::new();
+            self.output_size = 0;
         }
         Poll::Ready(Ok(()))
     }
@@ -446,10 +468,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         }
         if self.input.capacity() - self.input.len() < READ_MIN / 2 {
             self.input.reserve(self.read_size.max(self.parser.room_wanted(self.input.len())));
+            self.input_size = self.input_size.max(self.input.capacity());
         }
         let room = self.input.capacity() - self.input.len();
         match pin!(self.socket.read_buf(&mut self.input)).poll(context) {
-            Poll::Pending => Poll::Pending,
+            Poll::Pending => {
+                // An idle connection holds no more than a new one, whatever it has sent.
+                if self.input_size > 2 * READ_MIN && self.input.is_empty() && self.pending.is_empty() {
+                    self.input = BytesMut::new();
+                    self.input_size = 0;
+                }
+                Poll::Pending
+            }
             Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
             Poll::Ready(Ok(0)) => {
                 self.input_ended = true;
