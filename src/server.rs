@@ -6,12 +6,13 @@
 //! connection is accepted, waiting clients are answered, replies are finished and connections closed, lanes run empty;
 //! what is left after the drain time is cut off. A second signal ends at once.
 
-use std::io;
+use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use socket2::{Domain, Protocol as SocketProtocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime;
@@ -96,10 +97,14 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         let body = move || -> io::Result<()> {
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
-                let own_lanes =
-                    process.dispatcher.map().lanes.clone().into_iter().filter(|lane| lane.index() % count == number);
-                for lane in own_lanes {
-                    let _ = ready.send(tokio::time::timeout(CLAIM_WAIT, lane.claim()).await);
+                let map = process.dispatcher.map();
+                let own_lanes = || map.lanes.iter().filter(|lane| lane.index() % count == number);
+                // All at once, so that the start waits for the slowest and not for all that are down in turn.
+                let claims = own_lanes().map(|lane| tokio::time::timeout(CLAIM_WAIT, lane.claim()));
+                for claim in join_all(claims).await {
+                    let _ = ready.send(claim);
+                }
+                for lane in own_lanes().cloned() {
                     tokio::spawn(sampler::run(lane.clone(), process.metrics.clone(), holder.clone()));
                     tokio::spawn(lane.run(process.metrics.clone()));
                 }
@@ -237,7 +242,7 @@ async fn accept(listener: TcpListener, process: &Arc<Process>, options: SocketOp
         };
         if process.clients.count() >= options.connections_max {
             process.metrics.connections_refused.inc();
-            let _ = socket.try_write(b"-ERR max number of clients reached\r\n");
+            refuse(socket);
             continue;
         }
         if let Err(error) = prepare(&socket, options) {
@@ -247,6 +252,14 @@ async fn accept(listener: TcpListener, process: &Arc<Process>, options: SocketOp
         let local = socket.local_addr().map_or_else(|_| String::new(), |local| local.to_string());
         let peer = process.clients.register(address.to_string(), local);
         tokio::spawn(session::serve(socket, peer, process.clone()));
+    }
+}
+
+/// Written past the runtime, which has yet to hear from the kernel that a new socket can be written to.
+fn refuse(socket: TcpStream) {
+    if let Ok(mut socket) = socket.into_std() {
+        // Not told is refused all the same.
+        let _ = socket.write(b"-ERR max number of clients reached\r\n");
     }
 }
 
