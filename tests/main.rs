@@ -1,6 +1,8 @@
 //! The integration tests: one binary, one module for each kind of promise.
 #![allow(clippy::unwrap_used, reason = "a test that meets what it did not expect should stop there")]
 
+/// At a bound the client is told which, and the rest goes on.
+mod bounds;
 /// Every shard keeps every sentence of the contract, on every kind of server.
 mod conformance;
 /// What is under deploy/ fits this program and the programs that read it.

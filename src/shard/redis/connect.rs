@@ -312,6 +312,8 @@ pub enum Failure {
     /// The server does not know the script: nothing was done.
     NoScript,
     Down(Error),
+    /// The server is out of memory and took none of it; what needs no memory it still does.
+    Full(Error),
     /// The server answered with an error that no state of a server explains.
     Odd(String),
 }
@@ -329,7 +331,7 @@ impl Failure {
     pub fn into_error(self, shard: &str) -> Error {
         match self {
             Failure::NoScript => Error::shard_down(shard, "does not know the script", Happened::No),
-            Failure::Down(error) => error,
+            Failure::Down(error) | Failure::Full(error) => error,
             Failure::Odd(text) => Error { code: Code::Err, text: text.into(), happened: Happened::Maybe },
         }
     }
@@ -346,11 +348,10 @@ fn words(error: &RedisError) -> String {
 
 /// What an error says about the call: a server that refuses a call for its own state has not begun it.
 pub fn judge(shard: &str, error: &RedisError) -> Failure {
-    const REFUSALS: [&str; 15] = [
+    const REFUSALS: [&str; 14] = [
         "LOADING",
         "READONLY",
         "MASTERDOWN",
-        "OOM",
         "BUSY",
         "CLUSTERDOWN",
         "TRYAGAIN",
@@ -376,6 +377,10 @@ pub fn judge(shard: &str, error: &RedisError) -> Failure {
     // Redis 6.2 wraps what stopped a script into an `ERR` of its own: `... @user_script: 12: -OOM command not allowed`.
     let detail = error.detail().unwrap_or_default();
     let is_refusal = |word: &str| code == word || detail.contains(&format!("-{word} "));
+    if is_refusal("OOM") {
+        let text = format!("shard {shard} is out of memory (maxmemory); nothing was done");
+        return Failure::Full(Error::new(Code::Overloaded, text));
+    }
     match REFUSALS.iter().any(|word| is_refusal(word)) {
         true => down(Happened::No),
         false => Failure::Odd(format!("{shard} failed: {}", words(error))),

@@ -25,9 +25,9 @@ use tokio::task::AbortHandle;
 
 use self::batch::Part;
 use self::connect::{Failure, Home, Live};
-use super::{Applied, BoxFuture, Effect, Health, Keyspace, OnWake, Op, Outcome, Rules, Shard, Stamp};
+use super::{Action, Applied, BoxFuture, Effect, Health, Keyspace, OnWake, Op, Outcome, Rules, Shard, Stamp};
 use crate::clock::{Millis, UnixMs};
-use crate::error::{Error, Happened, Result};
+use crate::error::{Code, Error, Happened, Result};
 use crate::job::Name;
 
 /// The keys of a queue, by what follows their tag; in the order of the script's `KEYS`.
@@ -296,11 +296,16 @@ impl Redis {
                     Err(failure) => {
                         let error = failure.into_error(&self.name);
                         for place in part.places() {
-                            // What may be repeated is sent again, once, after whatever kept the answer back.
-                            if !is_repeat
-                                && error.happened == Happened::Maybe
-                                && batch::is_repeatable(&ops[place].action)
-                            {
+                            let action = &ops[place].action;
+                            let again = match error.happened {
+                                // Without the enqueues, a server that is out of memory takes what frees some.
+                                Happened::No => {
+                                    error.code == Code::Overloaded && !matches!(action, Action::Enqueue { .. })
+                                }
+                                // What may be repeated is sent again, once, after whatever kept the answer back.
+                                Happened::Maybe => batch::is_repeatable(action),
+                            };
+                            if again && !is_repeat {
                                 repeated[place] = true;
                             } else {
                                 outcomes[place] = Some(Err(error.clone()));
