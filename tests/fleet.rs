@@ -149,11 +149,11 @@ fn each_proxy_is_replaced_under_load_and_no_client_hears_an_error() {
         })
         .collect();
     let (mut replaced, began) = (0, Instant::now());
-    for round in 0..3 {
+    for (round, proxy) in proxies.iter_mut().enumerate() {
         let target = jobs * (round + 1) / 5;
         eventually!("the work goes on", (seen.acknowledged.load(Ordering::Relaxed) >= target).then_some(()));
-        assert!(proxies[round].terminate().success());
-        proxies[round].restart();
+        assert!(proxy.terminate().success());
+        proxy.restart();
         replaced += 1;
     }
     producers.into_iter().for_each(|producer| producer.join().unwrap());
