@@ -22,6 +22,7 @@ use toml::{Table, Value};
 use crate::clock::Millis;
 use crate::command::Limits;
 use crate::dispatch::router::Strategy;
+use crate::execute::durable::{Acked, Rule};
 use crate::job::{Policy, is_shard_name};
 use crate::resp::request::{self, Bounds};
 use crate::shard::{Retention, Rules};
@@ -61,6 +62,7 @@ pub struct Config {
     pub timeouts: TimeoutsConfig,
     pub auth: AuthConfig,
     pub forward: ForwardConfig,
+    pub list: Vec<ListConfig>,
     /// Never empty once loaded.
     pub shard: Vec<ShardConfig>,
 }
@@ -80,6 +82,7 @@ impl Default for Config {
             timeouts: TimeoutsConfig::default(),
             auth: AuthConfig::default(),
             forward: ForwardConfig::default(),
+            list: Vec::new(),
             shard: Vec::new(),
         }
     }
@@ -132,6 +135,41 @@ pub struct ForwardConfig {
 impl ForwardConfig {
     pub fn allowed(&self) -> Vec<String> {
         self.allow.split_ascii_whitespace().map(str::to_ascii_uppercase).collect()
+    }
+}
+
+/// `[[list]]`: lists that are queues.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListConfig {
+    /// A pattern as `KEYS` takes it.
+    pub pattern: String,
+    /// When an element that was popped is done with.
+    #[serde(default)]
+    pub ack: ListAck,
+    /// How long an element may be worked on, should its proxy die.
+    #[serde(default = "ten_minutes", deserialize_with = "within::<_, _, 1, 604_800_000>")]
+    pub lease_ms: Millis,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ListAck {
+    /// With the next command of the connection.
+    #[default]
+    Next,
+    /// When the reply is written.
+    Now,
+}
+
+fn ten_minutes() -> Millis {
+    600_000
+}
+
+impl ListConfig {
+    pub fn rule(&self) -> Rule {
+        let acked = if self.ack == ListAck::Next { Acked::Next } else { Acked::Now };
+        Rule { pattern: self.pattern.clone(), acked, lease_ms: self.lease_ms }
     }
 }
 

@@ -4,6 +4,8 @@
 //! order, and returns an [`Answer`] that the session resolves in request order. An answer that takes several steps
 //! ([`Answer::Later`]) also holds back the requests behind it, as a blocking command does in Redis.
 
+pub mod durable;
+
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,6 +13,7 @@ use std::task::{Context as TaskContext, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use durable::Popped;
 use tokio::sync::oneshot;
 
 use crate::clock::Millis;
@@ -39,6 +42,8 @@ pub struct Asker {
 pub enum Keep {
     Jobs(Hold),
     Elements(GiveBack),
+    /// Elements of a durable list, which the session keeps until they are acked.
+    Popped(Popped),
 }
 
 impl Keep {
@@ -47,6 +52,7 @@ impl Keep {
         match self {
             Keep::Jobs(hold) => hold.settle(),
             Keep::Elements(back) => back.settle(),
+            Keep::Popped(popped) => popped.ack(),
         }
     }
 }
@@ -57,6 +63,8 @@ pub enum Done {
     Reply(Reply),
     /// What a blocking command took.
     Taken(Reply, GiveBack),
+    /// What a pop from a durable list leased.
+    Popped(Reply, Popped),
     /// One job, written as a map.
     Delivery(Leased),
     /// Several jobs, written as an array of maps.
@@ -74,6 +82,10 @@ impl Done {
             Done::Taken(reply, back) => {
                 reply.encode(protocol, out);
                 vec![Keep::Elements(back)]
+            }
+            Done::Popped(reply, popped) => {
+                reply.encode(protocol, out);
+                vec![Keep::Popped(popped)]
             }
             Done::Delivery(leased) => {
                 for delivery in &leased.deliveries {

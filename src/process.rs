@@ -13,6 +13,7 @@ use crate::command::{Ask, Limits};
 use crate::dispatch::Dispatcher;
 use crate::error::{Code, Error, Result};
 use crate::execute::Answer;
+use crate::execute::durable::Rule;
 use crate::forward::Forwarding;
 use crate::job::Name;
 use crate::metrics::Metrics;
@@ -69,6 +70,8 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 pub struct Process {
     pub dispatcher: Arc<Dispatcher>,
     pub forwarding: Arc<Forwarding>,
+    /// Which lists are queues.
+    pub lists: Vec<Rule>,
     pub limits: Arc<Limits>,
     pub bounds: Bounds,
     pub auth: Auth,

@@ -24,6 +24,7 @@ use crate::command::{self, Limits};
 use crate::dispatch::router::Strategy;
 use crate::dispatch::{Dispatcher, MapStamp, ShardEntry, sampler};
 use crate::error::{Code, Error};
+use crate::execute::durable::Rule;
 use crate::forward::Forwarding;
 use crate::http;
 use crate::metrics::Metrics;
@@ -56,6 +57,8 @@ pub struct Setup {
     pub slow: Duration,
     /// Ordinary commands, upper case, that pass although they are refused otherwise.
     pub allowed: Vec<String>,
+    /// Which lists are queues.
+    pub lists: Vec<Rule>,
 }
 
 /// Serves until a signal ends it. An error says why it could not start.
@@ -68,6 +71,7 @@ pub fn serve(setup: Setup) -> io::Result<()> {
     let dispatcher = Dispatcher::new(setup.shards, setup.map, setup.strategy);
     let dispatcher = Arc::new(dispatcher);
     let process = Arc::new(Process {
+        lists: setup.lists,
         forwarding: Forwarding::new(dispatcher.clone(), setup.allowed),
         dispatcher,
         limits: Arc::new(setup.limits),

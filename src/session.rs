@@ -24,6 +24,7 @@ use crate::clients::{Peer, Unblock};
 use crate::command::ordinary;
 use crate::command::{self, Connection, Context, Plan, ReplyMode};
 use crate::error::{Code, Error};
+use crate::execute::durable::{self, Acked, Popped};
 use crate::execute::{Answer, Asker, Done, Keep, execute};
 use crate::forward::conversation::Conversation;
 use crate::forward::{Request, Ways};
@@ -98,6 +99,8 @@ struct Session<S> {
     /// Bytes ever written to the socket, and what is settled once so many are out.
     written: u64,
     holds: VecDeque<(u64, Vec<Keep>)>,
+    /// Elements of durable lists that the client has and has not shown to have worked on.
+    popped: Vec<Popped>,
     reply_mode: ReplyMode,
     /// When the socket was last looked at: the time of all requests that came then.
     now: Instant,
@@ -129,6 +132,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             output_size: 0,
             written: 0,
             holds: VecDeque::new(),
+            popped: Vec::new(),
             reply_mode: ReplyMode::On,
             now: Instant::now(),
         }
@@ -295,10 +299,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
 
     fn start(&mut self, words: &[Bytes]) {
         let protocol = self.context.protocol;
+        self.popped.drain(..).for_each(Popped::ack);
         if self.authenticated
             && let Some(row) = words.first().and_then(|name| ordinary::find(name))
         {
             self.peer.note_command(row.name);
+            if !self.process.lists.is_empty()
+                && let Some(rule) = durable::find(&self.process.lists, row, words)
+                && !self.conversation.is_queueing()
+            {
+                let process = &self.process;
+                let answer = durable::start(rule, row, words, &process.limits, &process.dispatcher, self.asker);
+                return self.push(answer);
+            }
             let started = self.conversation.start(Request { row, words, raw: self.parser.raw(), protocol });
             return self.push(started.into());
         }
@@ -449,7 +462,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             && *end <= self.written
             && let Some((_, holds)) = self.holds.pop_front()
         {
-            holds.into_iter().for_each(Keep::settle);
+            for keep in holds {
+                match keep {
+                    Keep::Popped(popped) if popped.acked == Acked::Next => self.popped.push(popped),
+                    keep => keep.settle(),
+                }
+            }
         }
         if self.output_size > OUTPUT_KEPT && self.pending.is_empty() || self.output_size > 2 * OUTPUT_PAUSE {
             self.output = BytesMut::new();

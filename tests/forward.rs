@@ -504,3 +504,48 @@ fn many_blocked_clients_cost_few_connections_and_no_element_is_lost_or_doubled()
     drop(go);
     work.join().unwrap();
 }
+
+/// The same program, `LPUSH` and `BRPOP` alone, dropped in the middle of its work again and again: a durable list gives
+/// every element to a later worker, a plain list loses those that were on the way.
+#[test]
+fn a_durable_list_loses_nothing_that_a_dropped_worker_held_and_a_plain_one_does() {
+    let shards: Vec<Server> = (0..2).map(|_| Server::start(Flavour::Redis7, &[])).collect();
+    let config = crate::support::scratch();
+    let path = config.path().join("goflow.toml");
+    std::fs::write(&path, "[[list]]\npattern = \"jobs:*\"\n").unwrap();
+    let urls: Vec<String> = shards.iter().enumerate().map(|(at, shard)| format!("s{at}={}", shard.url())).collect();
+    let mut args = vec!["--config", path.to_str().unwrap(), "--strategy", "round-robin"];
+    args.extend(urls.iter().flat_map(|url| ["--shard", url.as_str()]));
+    let mut goflow = Goflow::start(&args);
+    goflow.expect_log("WARN");
+    let mut wire = goflow.wire();
+    let elements: Vec<String> = (0..60).map(|number| number.to_string()).collect();
+    for list in ["jobs:a", "plain"] {
+        for element in &elements {
+            wire.call(&["LPUSH", list, element]);
+        }
+        // Every third worker is gone before it has worked on what it was given.
+        let mut worked = Vec::new();
+        for round in 0..200 {
+            let mut worker = goflow.wire();
+            let given = worker.call(&["BRPOP", list, "0.3"]);
+            if given == Value::Null {
+                break;
+            }
+            if round % 3 != 0 {
+                worked.push(given.items()[1].text().parse::<u32>().unwrap());
+                assert_eq!(worker.say("QUIT").text(), "OK");
+            }
+        }
+        worked.sort();
+        match list {
+            "plain" => assert!(worked.len() < 60, "a plain list loses what a dropped worker held"),
+            _ => assert_eq!(worked, (0..60).collect::<Vec<u32>>(), "each element once"),
+        }
+    }
+    assert_eq!(wire.say("LLEN jobs:a").integer(), 0);
+    wire.say("RPUSH jobs:b one two three");
+    assert_eq!(wire.say("LLEN jobs:b").integer(), 3);
+    assert_eq!(wire.say("LPOP jobs:b 2").items().len(), 2);
+    assert!(wire.say("LINDEX jobs:b 0").is_error("ERR"));
+}

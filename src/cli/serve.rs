@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Config, LogFormat, ShardUrl};
+use crate::config::{Config, ListConfig, LogFormat, ShardUrl};
 use crate::dispatch::{MapStamp, ShardEntry};
 use crate::process::Auth;
 use crate::server::{self, Setup};
@@ -85,5 +85,6 @@ fn setup(config: &Config, shards: Vec<ShardEntry>) -> Setup {
         settings: config.shown(),
         slow: config.log.slow(),
         allowed: config.forward.allowed(),
+        lists: config.list.iter().map(ListConfig::rule).collect(),
     }
 }

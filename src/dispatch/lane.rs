@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use dashmap::DashMap;
 use foldhash::fast::RandomState;
 use futures_util::FutureExt;
@@ -75,6 +76,15 @@ impl Hold {
     /// The client has the jobs; from here their leases decide.
     pub fn settle(mut self) {
         self.lane = None;
+    }
+
+    /// The jobs are done.
+    pub fn ack(mut self) {
+        if let Some(lane) = self.lane.take() {
+            let action = Action::Ack { leases: std::mem::take(&mut self.leases), result: Bytes::new() };
+            lane.mail().push_own(Op { queue: self.queue.clone(), action }, Answer::Nobody);
+            lane.bell.notify_one();
+        }
     }
 }
 

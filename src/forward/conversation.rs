@@ -79,6 +79,11 @@ impl Conversation {
         self.inbox.as_ref()
     }
 
+    /// Whether commands are queued for a transaction.
+    pub fn is_queueing(&self) -> bool {
+        self.queue.is_some()
+    }
+
     fn subscriptions(&self) -> usize {
         self.subscribed.iter().map(BTreeSet::len).sum()
     }
