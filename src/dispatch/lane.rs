@@ -82,7 +82,7 @@ impl Hold {
     pub fn ack(mut self) {
         if let Some(lane) = self.lane.take() {
             let action = Action::Ack { leases: std::mem::take(&mut self.leases), result: Bytes::new() };
-            lane.mail().push_own(Op { queue: self.queue.clone(), action }, Answer::Nobody);
+            lane.mail().push(Op { queue: self.queue.clone(), action }, 0, Answer::Nobody);
             lane.bell.notify_one();
         }
     }
