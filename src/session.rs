@@ -306,8 +306,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             self.peer.note_command(row.name);
             if !self.process.lists.is_empty()
                 && let Some(rule) = durable::find(&self.process.lists, row, words)
-                && !self.conversation.is_queueing()
             {
+                if let Some(refusal) = self.conversation.spoil(row.name) {
+                    return self.push(refusal.into());
+                }
                 let process = &self.process;
                 let answer = durable::start(rule, row, words, &process.limits, &process.dispatcher, self.asker);
                 return self.push(answer);

@@ -17,8 +17,8 @@ use crate::command::{Dequeue, Enqueue, Limits, Plan, job};
 use crate::dispatch::Dispatcher;
 use crate::dispatch::lane::{Hold, Leased};
 use crate::error::{Code, Error, Result};
-use crate::forward::hub::glob;
 use crate::job::{JobState, Name};
+use crate::resp::glob;
 use crate::resp::reply::Reply;
 use crate::shard::{Action, Op, Start};
 
@@ -58,7 +58,7 @@ impl Popped {
 pub fn find<'a>(rules: &'a [Rule], row: &Row, words: &[Bytes]) -> Option<&'a Rule> {
     let places = row.keys.places(words);
     let keys = places.iter().filter_map(|at| words.get(*at));
-    keys.flat_map(|key| rules.iter().filter(move |rule| glob(rule.pattern.as_bytes(), key))).next()
+    keys.flat_map(|key| rules.iter().filter(move |rule| glob::matches(rule.pattern.as_bytes(), key))).next()
 }
 
 /// Starts a request on a durable list.

@@ -79,9 +79,10 @@ impl Conversation {
         self.inbox.as_ref()
     }
 
-    /// Whether commands are queued for a transaction.
-    pub fn is_queueing(&self) -> bool {
-        self.queue.is_some()
+    /// Refuses a command that cannot stand in a transaction, if one is being queued, and the transaction with it.
+    pub fn spoil(&mut self, name: &str) -> Option<Started> {
+        self.queue.as_mut()?.spoilt = true;
+        Some(Error::bad(format!("{name} is not for transactions")).into())
     }
 
     fn subscriptions(&self) -> usize {
@@ -139,8 +140,7 @@ impl Conversation {
             }
             None => {}
         }
-        queue.spoilt = true;
-        Some(Error::bad(format!("{name} is not for transactions")).into())
+        self.spoil(name)
     }
 
     /// In RESP2 a connection that has subscribed says nothing else.
