@@ -15,7 +15,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context as TaskContext, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
@@ -38,6 +38,8 @@ const PIPELINE_MAX: usize = 1_024;
 const OUTPUT_PAUSE: usize = 256 << 10;
 /// While a client waits, so much of what it sends behind is read, to notice when it hangs up.
 const READ_AHEAD: usize = 64 << 10;
+/// How long a wrong password waits for its answer.
+const WRONG_PASS_REST: Duration = Duration::from_millis(100);
 /// Room for one read: at first, and at most.
 const READ_MIN: usize = 4 << 10;
 const READ_MAX: usize = 64 << 10;
@@ -385,6 +387,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 Reply::OK
             }
         };
+        if matches!(&reply, Reply::Error(error) if error.code == Code::WrongPass) {
+            // Holds back what is behind it too, so that one connection cannot try passwords as fast as it can send.
+            return self.push(Answer::Later(Box::pin(async move {
+                tokio::time::sleep(WRONG_PASS_REST).await;
+                Done::Reply(reply)
+            })));
+        }
         self.push(Answer::reply(reply));
     }
 
