@@ -102,9 +102,9 @@ impl Orders {
     fn give<T: Send + 'static>(&self, order: impl FnOnce(oneshot::Sender<T>) -> Order) -> Answer<T> {
         let (answer, answered) = oneshot::channel();
         // Where the committer is gone the order is dropped, and with it the sender of the answer.
-        let _ = self.sender.send(order(answer));
+        let happened = if self.sender.send(order(answer)).is_ok() { Happened::Maybe } else { Happened::No };
         let name = self.name.clone();
-        Box::pin(async move { answered.await.map_err(|_| Error::shard_down(&name, "has stopped", Happened::Maybe)) })
+        Box::pin(async move { answered.await.map_err(|_| Error::shard_down(&name, "has stopped", happened)) })
     }
 }
 
