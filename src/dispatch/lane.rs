@@ -13,6 +13,7 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::mem::discriminant;
 use std::ops::Bound;
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -42,6 +43,8 @@ const MAILBOX_BYTES_MAX: usize = 64 << 20;
 pub const ROOM_WAIT: Duration = Duration::from_secs(5);
 /// Tickets served on the strength of a wake-up that does not say how many jobs there are.
 const CLAIMS_ON_HEARSAY: usize = 64;
+/// How long a shard may think over a batch before the tickets in it are free for other shards.
+const TICKETS_LENT_MAX: Duration = Duration::from_millis(100);
 /// Queues whose load and timers a lane keeps; the others are found by the sweep.
 const QUEUES_KEPT_MAX: usize = 100_000;
 /// The slow poll that stands behind wake-ups and timers.
@@ -52,7 +55,7 @@ const SWEEP_QUEUES_MAX: usize = 64;
 const OWED_MAX: usize = 10_000;
 /// Tickets in the mailbox before those that are over are cleared out.
 const PARKED_MIN: usize = 1_024;
-/// After a failure operations are refused for this long, doubling to the maximum, before one batch tries the shard again.
+/// After a failure operations are refused for this long, doubling to the maximum, before the shard is asked again.
 const REST_MIN: Duration = Duration::from_millis(50);
 const REST_MAX: Duration = Duration::from_millis(1_000);
 
@@ -164,6 +167,8 @@ fn tick(queue: Name) -> Parcel {
 #[derive(Debug)]
 pub struct Vitals {
     down: AtomicBool,
+    /// The lane itself has met a failure, and only its own next answer ends that.
+    resting: AtomicBool,
     draining: AtomicBool,
     pub batches: AtomicU64,
     pub ops: AtomicU64,
@@ -195,6 +200,7 @@ impl Lane {
     pub fn new(name: Arc<str>, index: usize, shard: Arc<dyn Shard>, stamp: Stamp) -> Arc<Lane> {
         let vitals = Vitals {
             down: AtomicBool::new(false),
+            resting: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             batches: AtomicU64::new(0),
             ops: AtomicU64::new(0),
@@ -284,10 +290,7 @@ impl Lane {
     /// What somebody else has heard of the shard, for a lane that has nothing to ask it.
     pub fn note_reach(&self, reach: Result<()>) {
         match reach {
-            Ok(()) if self.vitals.down.swap(false, Ordering::Relaxed) => {
-                tracing::info!(shard = %self.name, "shard is back");
-                self.woken(None);
-            }
+            Ok(()) if !self.vitals.resting.load(Ordering::Relaxed) => self.note_back(),
             Err(error) if error.code == Code::ShardDown => {
                 self.claimed.store(false, Ordering::Relaxed);
                 if !self.vitals.down.swap(true, Ordering::Relaxed) {
@@ -296,6 +299,14 @@ impl Lane {
                 *self.vitals.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
             }
             _ => {}
+        }
+    }
+
+    /// The shard answers. Whatever was believed before may have changed meanwhile.
+    fn note_back(&self) {
+        if self.vitals.down.swap(false, Ordering::Relaxed) {
+            tracing::info!(shard = %self.name, "shard is back");
+            self.woken(None);
         }
     }
 
@@ -358,6 +369,14 @@ impl Lane {
             self.claimed.store(true, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// What an error of a claim means for an operation: a shard that is not ours is as good as down.
+    fn as_down(&self, error: Error) -> Error {
+        match error.code {
+            Code::ShardDown => error,
+            _ => Error::shard_down(&self.name, &format!("is not used: {}", error.text), Happened::No),
+        }
     }
 
     /// Whether nothing waits and nothing is on its way.
@@ -429,7 +448,7 @@ struct Line {
     sweep_waiting_after: Option<Name>,
     /// Releases that a shard out of reach has yet to hear of.
     owed: VecDeque<Parcel>,
-    /// Until when operations are refused after a failure, and the next rest's length.
+    /// After a failure: when the shard is asked whether it is back, and the next rest's length.
     resting_until: Option<Instant>,
     rest: Duration,
 }
@@ -469,8 +488,9 @@ impl Line {
         }
     }
 
+    /// Whether operations are refused: from a failure on, until the shard has answered a knock.
     fn is_resting(&self) -> bool {
-        self.resting_until.is_some_and(|until| Instant::now() < until)
+        self.resting_until.is_some()
     }
 
     /// Takes in tickets, nudges, wake-ups and timers that came since the last batch.
@@ -640,12 +660,25 @@ impl Line {
         let count = ops.len();
         let noted = self.meter.before(&ops);
         let asked_at = Instant::now();
-        let Applied { outcomes, effects } = match self.lane.claim().await {
-            Ok(()) => self.lane.shard.apply(ops, None).await,
-            Err(error) if error.code == Code::ShardDown => Applied::failed(count, &error),
-            Err(error) => {
-                let why = format!("is not used: {}", error.text);
-                Applied::failed(count, &Error::shard_down(&self.lane.name, &why, Happened::No))
+        let lane = self.lane.clone();
+        let mut applied = pin!(async {
+            match lane.claim().await {
+                Ok(()) => lane.shard.apply(ops, None).await,
+                Err(error) => Applied::failed(count, &lane.as_down(error)),
+            }
+        });
+        let in_time = tokio::time::timeout(TICKETS_LENT_MAX, &mut applied).await;
+        let is_late = in_time.is_err();
+        let Applied { outcomes, effects } = match in_time {
+            Ok(applied) => applied,
+            Err(_) => {
+                // Who waits on a slow shard may have a job of another one meanwhile.
+                for (answer, _) in &answers {
+                    if let Answer::Ticket(ticket) = answer {
+                        ticket.unclaim(&lane);
+                    }
+                }
+                applied.await
             }
         };
         let took = asked_at.elapsed();
@@ -667,7 +700,11 @@ impl Line {
                 Answer::Ticket(ticket) => {
                     if let Some(queue) = queue {
                         match outcome.and_then(|outcome| self.leased(queue.clone(), outcome)) {
-                            Ok(leased) if !leased.deliveries.is_empty() => ticket.deliver(leased),
+                            // A ticket that was let go is claimed anew, or the jobs go back by their hold.
+                            Ok(leased) if !leased.deliveries.is_empty() => match !is_late || ticket.claim() {
+                                true => ticket.deliver(leased),
+                                false => returned.push((queue, ticket, None)),
+                            },
                             Err(error) if error.code == Code::ShardDown => returned.push((queue, ticket, None)),
                             _ => returned.push((queue, ticket, Some(0))),
                         }
@@ -681,15 +718,17 @@ impl Line {
                 Answer::Nobody => {}
             }
         }
-        self.put_back(returned);
+        self.put_back(returned, is_late);
     }
 
     /// Puts tickets that got nothing back to the front of their lines, with what is now known of their queues. Where that
-    /// is not kept, two lanes nudge each other for ever, each asking anew: a slot may have gone with its last waiter.
-    fn put_back(&mut self, returned: Vec<(Name, Arc<Ticket>, Option<u64>)>) {
+    /// is not kept, two lanes nudge each other for ever, each asking anew: a slot may have gone with its last waiter. Those of
+    /// a late batch were let go before.
+    fn put_back(&mut self, returned: Vec<(Name, Arc<Ticket>, Option<u64>)>, is_late: bool) {
         // Last claimed first, so that the line stands as before.
         for (queue, ticket, ready) in returned.into_iter().rev() {
-            if ticket.unclaim(&self.lane) {
+            let waits = if is_late { !ticket.is_over() } else { ticket.unclaim(&self.lane) };
+            if waits {
                 let slot = self.slots.entry(queue).or_default();
                 slot.ready = ready;
                 slot.waiters.push_front(ticket);
@@ -766,15 +805,16 @@ impl Line {
             _ => None,
         });
         let Some(error) = down else {
-            if self.lane.vitals.down.swap(false, Ordering::Relaxed) {
-                tracing::info!(shard = %self.lane.name, "shard is back");
-                // Whatever was believed before may have changed meanwhile.
-                self.lane.woken(None);
-            }
-            self.resting_until = None;
+            self.lane.note_back();
             self.rest = REST_MIN;
             return;
         };
+        self.rest_from(error);
+    }
+
+    /// Takes a failure down and leaves the shard alone for a while, longer each time.
+    fn rest_from(&mut self, error: Error) {
+        let vitals = &self.lane.vitals;
         vitals.errors.fetch_add(1, Ordering::Relaxed);
         self.lane.claimed.store(false, Ordering::Relaxed);
         if !self.lane.vitals.down.swap(true, Ordering::Relaxed) {
@@ -788,12 +828,14 @@ impl Line {
     fn rest(&mut self) {
         let jitter = rand::rng().random_range(0.75..1.25);
         self.resting_until = Some(Instant::now() + self.rest.mul_f64(jitter));
+        self.lane.vitals.resting.store(true, Ordering::Relaxed);
         self.rest = (self.rest * 2).min(REST_MAX);
     }
 
     /// Answers what came while the shard rests from a failure.
     fn refuse(&mut self, parcels: Vec<Parcel>) {
-        let error = Error::shard_down(&self.lane.name, "is not reachable", Happened::No);
+        let why = self.lane.last_error().filter(|error| error.happened == Happened::No);
+        let error = why.unwrap_or_else(|| Error::shard_down(&self.lane.name, "is not reachable", Happened::No));
         for parcel in parcels {
             match parcel.answer {
                 Answer::Session(sender) => drop(sender.send(Err(error.clone()))),
@@ -806,20 +848,48 @@ impl Line {
 
     /// Waits for mail, the next timer, the end of a rest, or the sweep.
     async fn idle(&mut self) {
-        let resting = self.resting_until.filter(|until| *until > Instant::now());
         let timer = self.timers.first().map(|(due_at, _)| *due_at);
-        let wake_at = match resting {
+        let wake_at = match self.resting_until {
             Some(until) => until,
             None => timer.map_or(self.sweep_at, |due_at| due_at.min(self.sweep_at)),
         };
         tokio::select! {
             () = self.lane.bell.notified() => {}
             () = tokio::time::sleep_until(wake_at.into()) => {
-                if resting.is_some() {
-                    // The first batch after a rest asks for whoever waits.
-                    self.lane.woken(None);
+                if self.is_resting() {
+                    self.knock().await;
                 }
             }
+        }
+    }
+
+    /// Asks a shard that failed whether it is there again. No job, no ticket and no client is risked on the answer, which
+    /// a hung server never gives: whoever comes meanwhile is refused at once.
+    async fn knock(&mut self) {
+        let lane = self.lane.clone();
+        let mut claim = pin!(lane.claim());
+        let answer = loop {
+            tokio::select! {
+                answer = &mut claim => break answer,
+                () = lane.bell.notified() => {
+                    let parcels = {
+                        let mut mail = lane.mail();
+                        mail.bytes = 0;
+                        std::mem::take(&mut mail.parcels)
+                    };
+                    lane.room.notify_waiters();
+                    self.refuse(parcels.into());
+                }
+            }
+        };
+        match answer {
+            // The length of rests is forgotten when a batch succeeds.
+            Ok(()) => {
+                self.resting_until = None;
+                lane.vitals.resting.store(false, Ordering::Relaxed);
+                lane.note_back();
+            }
+            Err(error) => self.rest_from(self.lane.as_down(error)),
         }
     }
 

@@ -12,7 +12,9 @@
 //!          ticket is nudged*, since it may have passed the ticket over while it was claimed here
 //! ```
 //!
-//! A client that hangs up, or whose time is up, ends its ticket; jobs that a lane finds for it after that go back.
+//! A shard that thinks too long loses the claim in the same way, so that a hung shard keeps nobody from a job elsewhere;
+//! the jobs that it finds at last are delivered under a new claim, or go back. A client that hangs up, or whose time is
+//! up, ends its ticket; jobs that a lane finds for it after that go back.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -133,6 +135,8 @@ mod tests {
         hot: [bool; 2],
         /// The lane asked its shard for the ticket and found this many; `None`: it is not asking.
         asking: [Option<bool>; 2],
+        /// The lane let the ticket go while it still asks.
+        late: [bool; 2],
         /// Jobs yet to be enqueued by somebody, and jobs that another worker will take.
         arrivals: [u8; 2],
         thefts: [u8; 2],
@@ -167,21 +171,34 @@ mod tests {
             }
             if let Some(false) = world.asking[lane] {
                 let mut w = world;
-                if world.jobs[lane] > 0 {
-                    w.jobs[lane] -= 1;
-                    w.ticket = 3;
-                    w.asking[lane] = None;
-                } else {
-                    w.asking[lane] = Some(true);
+                match (world.jobs[lane] > 0, world.late[lane], world.ticket) {
+                    (false, _, _) => w.asking[lane] = Some(true),
+                    (true, true, 1..) => {
+                        // Claimed elsewhere or over: the job goes back, and the lane hears that there is one.
+                        (w.asking[lane], w.late[lane]) = (None, false);
+                        w.hot[lane] = true;
+                    }
+                    (true, _, _) => {
+                        w.jobs[lane] -= 1;
+                        w.ticket = 3;
+                        (w.asking[lane], w.late[lane]) = (None, false);
+                    }
                 }
                 next.push(w);
+                if !world.late[lane] {
+                    let mut w = world;
+                    w.late[lane] = true;
+                    w.ticket = 0;
+                    w.hot[other] |= nudge;
+                    next.push(w);
+                }
             }
             if let Some(true) = world.asking[lane] {
                 let mut w = world;
-                w.asking[lane] = None;
-                w.ticket = 0;
-                if nudge {
-                    w.hot[other] = true;
+                (w.asking[lane], w.late[lane]) = (None, false);
+                if !world.late[lane] {
+                    w.ticket = 0;
+                    w.hot[other] |= nudge;
                 }
                 next.push(w);
             }
@@ -195,7 +212,8 @@ mod tests {
         let mut seen = HashSet::new();
         let mut open = Vec::new();
         for (arrivals, thefts) in [([1, 1], [1, 1]), ([2, 1], [1, 1]), ([1, 2], [2, 0]), ([2, 2], [1, 2])] {
-            open.push(World { ticket: 0, jobs: [0; 2], hot: [true; 2], asking: [None; 2], arrivals, thefts });
+            let (ticket, jobs, hot) = (0, [0; 2], [true; 2]);
+            open.push(World { ticket, jobs, hot, asking: [None; 2], late: [false; 2], arrivals, thefts });
         }
         let mut stuck = 0;
         while let Some(world) = open.pop() {

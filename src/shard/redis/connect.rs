@@ -337,9 +337,14 @@ impl Failure {
     }
 }
 
-/// An error in words that hold no payload: the server's code and the crate's own text.
+/// An error in words that hold no payload: the server's code and what it says behind it, or the crate's own text.
 fn words(error: &RedisError) -> String {
-    let text: String = error.to_string().chars().filter(|c| !c.is_control()).take(200).collect();
+    let text = match (error.code(), error.detail()) {
+        // Behind it stand the script's hash and line, which say nothing to a client.
+        (Some(code), Some(detail)) => format!("{code} {}", detail.split(" script: ").next().unwrap_or_default()),
+        _ => error.to_string(),
+    };
+    let text: String = text.chars().filter(|c| !c.is_control()).take(200).collect();
     match error.is_timeout() {
         true => "did not answer in time".to_owned(),
         false => text,

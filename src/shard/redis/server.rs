@@ -11,13 +11,15 @@ use crate::error::{Code, Error, Result};
 use crate::job::Name;
 use crate::shard::{Health, Stamp};
 
-/// Compares the stamp of the server with ours and writes ours where there is none, or one with an older map.
+/// Compares the stamp of the server with ours and writes ours where there is none, or one with an older map. Its own it
+/// writes again: so a claim shows that the server takes writes.
 ///
 /// KEYS: stamp. ARGV: the four fields, then ours of each. Answers what was there before, nil where nothing was.
 const CLAIM: &str = "\
 local found = redis.call('HMGET', KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4])
 local is_ours = found[1] == ARGV[5] and found[2] == ARGV[6]
-if not found[1] or is_ours and tonumber(found[3]) < tonumber(ARGV[7]) then
+local theirs, ours = tonumber(found[3]), tonumber(ARGV[7])
+if not found[1] or is_ours and (theirs < ours or theirs == ours and found[4] == ARGV[8]) then
   redis.call('HSET', KEYS[1], ARGV[1], ARGV[5], ARGV[2], ARGV[6], ARGV[3], ARGV[7], ARGV[4], ARGV[8])
 end
 return found";
