@@ -3,10 +3,18 @@
 
 /// At a bound the client is told which, and the rest goes on.
 mod bounds;
+/// Stock clients, unmodified: run for real, or replayed as they connect.
+mod clients;
 /// Every shard keeps every sentence of the contract, on every kind of server.
 mod conformance;
 /// What is under deploy/ fits this program and the programs that read it.
 mod deploy;
+/// A shard fails in every way a server can: the others go on, and nothing needs a restart.
+mod faults;
+/// What a job costs does not depend on how many there are.
+mod flat;
+/// The flaws of the first GoFlow library, and which test shows that each cannot happen here.
+mod flaws;
 /// Proxies behind HAProxy are replaced under load.
 mod fleet;
 /// Ordinary commands: the replies of Redis, over one shard and over several.
@@ -21,14 +29,22 @@ mod keys;
 mod loss;
 /// Random operations on each shard and on the pure rules at once give the same outcomes.
 mod model;
+/// What stands on the wire of a running process: hostile frames, splits, order, bounds, passwords.
+mod protocol;
 /// What a shard answered is there after a SIGKILL.
 mod recovery;
 /// protocol.md is what the command table says, and its examples are true.
 mod reference;
+/// Several proxies behave as one, and the strategies spread jobs as they say.
+mod routing;
+/// What one client may rely on while it waits, hangs up, or is drained.
+mod session;
 /// Real processes, a raw client, and waiting without sleeping.
 #[allow(dead_code, reason = "a house for all tests: not every one of them uses every room")]
 mod support;
 /// The tree keeps its own rules: floors, headers, nothing left for later.
 mod tidy;
+/// Many workers that wait cost nearly nothing, and none of them waits while there is a job.
+mod waiting;
 /// `goflow worker`: handlers in three languages, and every way in which one may end.
 mod worker;

@@ -58,10 +58,17 @@ impl Goflow {
 
     /// Runs `goflow` with these arguments to its end: exit status, standard output, standard error.
     pub fn run(args: &[&str]) -> (ExitStatus, String, String) {
+        Goflow::run_with(args, &[])
+    }
+
+    pub fn run_with(args: &[&str], env: &[(&str, &str)]) -> (ExitStatus, String, String) {
         let dir = scratch();
-        let program = program(dir.path(), args, &[]);
-        let output =
-            std::process::Command::new(&program.path).args(&program.args).current_dir(dir.path()).output().unwrap();
+        let program = program(dir.path(), args, env);
+        let mut command = std::process::Command::new(&program.path);
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("GOFLOW_")) {
+            command.env_remove(name);
+        }
+        let output = command.args(&program.args).envs(program.env).current_dir(dir.path()).output().unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         (output.status, text(&output.stdout), text(&output.stderr))
     }
@@ -116,6 +123,15 @@ impl Goflow {
     /// SIGTERM, and its exit status once it has drained.
     pub fn terminate(&mut self) -> ExitStatus {
         self.process.signal("TERM");
+        self.wait()
+    }
+
+    pub fn signal(&self, name: &str) {
+        self.process.signal(name);
+    }
+
+    /// Its exit status, once it has ended by itself.
+    pub fn wait(&mut self) -> ExitStatus {
         let status = self.process.wait();
         self.check_silence();
         status

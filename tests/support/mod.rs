@@ -3,6 +3,7 @@
 //! A process that a test starts dies with its test (`Drop`), and with the test binary even when that is killed
 //! (`setpriv --pdeathsig`). Ports come from [`free_port`], directories from [`scratch`].
 
+pub mod fleet;
 pub mod goflow;
 pub mod process;
 pub mod servers;
@@ -39,6 +40,11 @@ macro_rules! eventually {
             );
         }
     }};
+}
+
+/// The size of a test: small by default, another one by an environment variable for long runs.
+pub fn size(variable: &str, small: usize) -> usize {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(small)
 }
 
 /// A fresh directory that is removed with the value.

@@ -104,9 +104,14 @@ impl Server {
 
     /// Starts again what was killed, on the same port and directory.
     pub fn restart(&mut self) {
+        self.start_again();
+        self.wait_until_up();
+    }
+
+    /// The same, without waiting until it answers.
+    pub fn start_again(&mut self) {
         self.process.kill();
         self.process = Process::start(&self.program);
-        self.wait_until_up();
     }
 
     /// SIGSTOP: it hangs, connections stay open.

@@ -84,6 +84,13 @@ impl Wire {
         Wire { stream, unread: Vec::new() }
     }
 
+    /// Speaks over a connection that stands.
+    pub fn over(stream: TcpStream) -> Wire {
+        stream.set_nodelay(true).unwrap();
+        stream.set_write_timeout(Some(patience())).unwrap();
+        Wire { stream, unread: Vec::new() }
+    }
+
     /// Connects once.
     pub fn try_connect(address: &str) -> Option<Wire> {
         let stream = TcpStream::connect(address).ok()?;
@@ -200,7 +207,7 @@ fn line(bytes: &[u8]) -> Option<(&[u8], usize)> {
 }
 
 /// The first complete value and its length; `None` while it is not complete. Panics on what is not RESP.
-fn parse(bytes: &[u8]) -> Option<(Value, usize)> {
+pub fn parse(bytes: &[u8]) -> Option<(Value, usize)> {
     let (head, mut at) = line(bytes)?;
     let text = String::from_utf8_lossy(&head[1..]).into_owned();
     let number = || text.parse::<i64>().unwrap_or_else(|_| panic!("not RESP: {:?}", String::from_utf8_lossy(head)));
