@@ -69,10 +69,15 @@ impl Redis {
         }
     }
 
-    pub(super) async fn read_stamp(&self) -> Result<Option<Stamp>> {
+    /// The stamp as it stands on the server.
+    async fn server_stamp(&self) -> Result<Option<Stamp>> {
         let mut get = redis::cmd("HMGET");
         get.arg(STAMP_KEY).arg(&STAMP_FIELDS);
-        Ok(read_stamp(self.ask(get).await?).map(|mut stamp| {
+        Ok(read_stamp(self.ask(get).await?))
+    }
+
+    pub(super) async fn read_stamp(&self) -> Result<Option<Stamp>> {
+        Ok(self.server_stamp().await?.map(|mut stamp| {
             // The stamp of a cluster is that of this partition too.
             if stamp.shard == self.stamped_name(&self.name) {
                 stamp.shard = self.name.to_string();
@@ -86,7 +91,12 @@ impl Redis {
         let mut claim = redis::cmd("EVAL");
         claim.arg(CLAIM).arg(1).arg(STAMP_KEY).arg(&STAMP_FIELDS);
         claim.arg(&stamp.deployment).arg(own).arg(stamp.map_version).arg(&stamp.map);
-        let Some(found) = read_stamp(self.ask(claim).await?) else { return Ok(()) };
+        let found = match self.ask(claim).await {
+            // Nothing can be written, but the stamp can be read: a full server that is ours must be drained.
+            Err(error) if error.code == Code::Overloaded => Some(self.server_stamp().await?.ok_or(error)?),
+            answer => read_stamp(answer?),
+        };
+        let Some(found) = found else { return Ok(()) };
         let refuse = |why: String| Err(Error::new(Code::Err, format!("shard {}: {why}", self.name)));
         if found.deployment != stamp.deployment {
             let (theirs, ours) = (found.deployment, stamp.deployment);
