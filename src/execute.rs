@@ -17,8 +17,9 @@ use durable::Popped;
 use tokio::sync::oneshot;
 
 use crate::clock::Millis;
-use crate::command::{Dequeue, Enqueue, JobAddress, Merge, Plan, Render, Route, job};
+use crate::command::{Acquire, Dequeue, Enqueue, JobAddress, Merge, Plan, Render, Route, job, lock};
 use crate::dispatch::lane::{Hold, Lane, Leased, new_tokens};
+use crate::dispatch::turnstile::{self, Claim, Wanted};
 use crate::dispatch::waiting::Ticket;
 use crate::dispatch::{Dispatcher, ShardMap};
 use crate::error::{Code, Error, Happened, Result};
@@ -26,7 +27,7 @@ use crate::forward::park::GiveBack;
 use crate::forward::{Forwarded, Started};
 use crate::job::{JobRef, Lease, Name, format_id};
 use crate::resp::reply::{Protocol, Reply, put_header};
-use crate::shard::{Action, Op, Outcome, Placed};
+use crate::shard::{Action, Deed, Keyed, Op, Outcome, Placed};
 
 /// What execute needs to know of the client.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +45,8 @@ pub enum Keep {
     Elements(GiveBack),
     /// Elements of a durable list, which the session keeps until they are acked.
     Popped(Popped),
+    /// A lock or slot, which the session keeps where it is bound.
+    Grant(Claim),
 }
 
 impl Keep {
@@ -53,6 +56,7 @@ impl Keep {
             Keep::Jobs(hold) => hold.settle(),
             Keep::Elements(back) => back.settle(),
             Keep::Popped(popped) => popped.ack(),
+            Keep::Grant(claim) => claim.settle(),
         }
     }
 }
@@ -65,6 +69,8 @@ pub enum Done {
     Taken(Reply, GiveBack),
     /// What a pop from a durable list leased.
     Popped(Reply, Popped),
+    /// A lock or a slot of a semaphore.
+    Granted(Reply, Claim),
     /// One job, written as a map.
     Delivery(Leased),
     /// Several jobs, written as an array of maps.
@@ -86,6 +92,10 @@ impl Done {
             Done::Popped(reply, popped) => {
                 reply.encode(protocol, out);
                 vec![Keep::Popped(popped)]
+            }
+            Done::Granted(reply, claim) => {
+                reply.encode(protocol, out);
+                vec![Keep::Grant(claim)]
             }
             Done::Delivery(leased) => {
                 for delivery in &leased.deliveries {
@@ -268,6 +278,8 @@ pub fn execute(plan: Plan, dispatcher: &Arc<Dispatcher>, asker: Asker) -> Answer
         Plan::Enqueue(enqueue) => start_enqueue(enqueue, dispatcher, asker),
         Plan::Dequeue(dequeue) => start_dequeue(dequeue, dispatcher, asker),
         Plan::Ack { queue, leases, result } => start_ack(queue, leases, result, dispatcher, asker),
+        Plan::Acquire(acquire) => Ok(start_acquire(acquire, dispatcher, asker)),
+        Plan::Show { kind, name, show } => Ok(start_show(kind, name, show, dispatcher, asker)),
         Plan::Op { route, op, render } => start_op(route, op, render, dispatcher, asker),
         Plan::Jobs { queue, jobs, action } => Ok(start_jobs(queue, jobs, action, dispatcher, asker)),
         Plan::Each { op, merge } => Ok(start_each(op, merge, dispatcher.map(), asker)),
@@ -495,6 +507,40 @@ fn start_op(route: Route, op: Op, render: Render, dispatcher: &Arc<Dispatcher>, 
     let lane = lane_of(&route, dispatcher)?;
     let shape = Shape::Render { render, queue: op.queue.clone(), shard: lane.name().clone() };
     Ok(submit(&lane, op, shape, asker))
+}
+
+fn start_acquire(acquire: Acquire, dispatcher: &Dispatcher, asker: Asker) -> Answer {
+    let Acquire { kind, name, limit, ttl_ms, owner, wait_ms, bind } = acquire;
+    let lane = dispatcher.map().home(name.as_str().as_bytes()).clone();
+    let wanted = Wanted { kind, name, limit, ttl_ms, owner, wait_ms, bind };
+    let later: Later = Box::pin(async move {
+        match (turnstile::acquire(lane, wanted, asker.session).await, kind) {
+            (Err(error), _) => Done::Reply(error.into()),
+            (Ok(None), Keyed::Lock) => Done::Reply(Reply::NullArray),
+            (Ok(None), Keyed::Semaphore) => Done::Reply(Reply::Null),
+            (Ok(Some((fence, claim))), kind) => {
+                let token = Reply::Bulk(lock::token_text(claim.token()));
+                let reply = match kind {
+                    Keyed::Lock => Reply::Array(vec![token, Reply::count(fence)]),
+                    Keyed::Semaphore => token,
+                };
+                Done::Granted(reply, claim)
+            }
+        }
+    });
+    if wait_ms > 0 { Answer::Waiting(later) } else { Answer::Later(later) }
+}
+
+fn start_show(kind: Keyed, name: Name, show: lock::Show, dispatcher: &Dispatcher, asker: Asker) -> Answer {
+    let lane = dispatcher.map().home(name.as_str().as_bytes()).clone();
+    let op = Op { queue: name.clone(), action: Action::Keyed { kind, deed: Deed::Show } };
+    Answer::Later(Box::pin(async move {
+        Done::Reply(match ask(&lane, op, asker).await {
+            Ok(Outcome::Holders { fence, holders }) => show(fence, holders, lane.lines.waiting(kind, &name)),
+            Ok(other) => unexpected(&other).into(),
+            Err(error) => error.into(),
+        })
+    }))
 }
 
 fn lane_of(route: &Route, dispatcher: &Dispatcher) -> Result<Arc<Lane>> {

@@ -6,9 +6,9 @@
 //!
 //! Promises: exactly one reply per request, in order; a client that hangs up while it waits is noticed then; jobs that
 //! were taken for a client and not written to its socket go back uncounted; neither input, answers in flight nor output
-//! grow beyond their bounds: at a bound the session stops reading.
+//! grow beyond their bounds: at a bound the session stops reading; what is bound to the connection is given back at its end.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::io;
 use std::pin::{Pin, pin};
@@ -23,6 +23,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use crate::clients::{Peer, Unblock};
 use crate::command::ordinary;
 use crate::command::{self, Connection, Context, Plan, ReplyMode};
+use crate::dispatch::turnstile::Claim;
 use crate::error::{Code, Error};
 use crate::execute::durable::{self, Acked, Popped};
 use crate::execute::{Answer, Asker, Done, Keep, execute};
@@ -31,6 +32,7 @@ use crate::forward::{Request, Ways};
 use crate::process::Process;
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::{Bounds, Parsed, Parser};
+use crate::shard::{Action, Deed, Op};
 
 /// Most requests of one connection in flight.
 const PIPELINE_MAX: usize = 1_024;
@@ -103,6 +105,8 @@ struct Session<S> {
     holds: VecDeque<(u64, Vec<Keep>)>,
     /// Elements of durable lists that the client has and has not shown to have worked on.
     popped: Vec<Popped>,
+    /// Locks and slots that are held as long as the connection lives, by their tokens.
+    bonds: HashMap<u64, Claim>,
     reply_mode: ReplyMode,
     /// When the socket was last looked at: the time of all requests that came then.
     now: Instant,
@@ -135,6 +139,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             written: 0,
             holds: VecDeque::new(),
             popped: Vec::new(),
+            bonds: HashMap::new(),
             reply_mode: ReplyMode::On,
             now: Instant::now(),
         }
@@ -340,11 +345,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                     if matches!(plan, Plan::Dequeue(_)) {
                         self.peer.is_worker.store(true, Ordering::Relaxed);
                     }
+                    self.loosen(&plan);
                     execute(plan, &self.process.dispatcher, self.asker)
                 }
             },
         };
         self.push_of(answer, Some(row.index));
+    }
+
+    /// What the client releases itself is not bound to the connection any more.
+    fn loosen(&mut self, plan: &Plan) {
+        if let Plan::Op { op: Op { queue, action: Action::Keyed { kind, deed: Deed::Release { token } } }, .. } = plan
+            && self.bonds.get(token).is_some_and(|claim| claim.is_of(*kind, queue))
+            && let Some(claim) = self.bonds.remove(token)
+        {
+            claim.settle();
+        }
     }
 
     /// What only the session can do.
@@ -476,6 +492,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             for keep in holds {
                 match keep {
                     Keep::Popped(popped) if popped.acked == Acked::Next => self.popped.push(popped),
+                    Keep::Grant(claim) if claim.is_bound() => drop(self.bonds.insert(claim.token(), claim)),
                     keep => keep.settle(),
                 }
             }

@@ -25,6 +25,8 @@ mod frames;
 mod http;
 /// The keyspace of a local shard against Redis itself.
 mod keys;
+/// Never too many holders, whoever is killed; waiters in their order.
+mod locks;
 /// Nothing that was acknowledged is lost, whoever is killed.
 mod loss;
 /// Random operations on each shard and on the pure rules at once give the same outcomes.

@@ -14,6 +14,7 @@ pub mod connection;
 pub mod dead;
 pub mod describe;
 pub mod job;
+pub mod lock;
 pub mod ordinary;
 pub mod reference;
 
@@ -25,7 +26,7 @@ use crate::clock::Millis;
 use crate::error::{Code, Error, Result};
 use crate::job::{JobRef, Lease, Name, Policy};
 use crate::resp::reply::{Protocol, Reply};
-use crate::shard::{Action, Op, Outcome, Start};
+use crate::shard::{Action, Keyed, Op, Outcome, Start};
 use args::{Arg, Args, Kind};
 
 /// One client's request: the command's name and its arguments, sharing the memory they were read into.
@@ -104,6 +105,13 @@ pub enum Plan {
         leases: Vec<(Box<str>, Lease)>,
         result: Bytes,
     },
+    Acquire(Acquire),
+    /// Who holds a lock or semaphore, and how many wait for it here.
+    Show {
+        kind: Keyed,
+        name: Name,
+        show: lock::Show,
+    },
     /// One op on one shard.
     Op {
         route: Route,
@@ -155,6 +163,21 @@ pub struct Dequeue {
     pub worker: Bytes,
     /// Only these shards; empty: all.
     pub shards: Vec<Box<str>>,
+}
+
+/// `LOCK ACQUIRE` and `SEM ACQUIRE`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Acquire {
+    pub kind: Keyed,
+    pub name: Name,
+    /// Most holders, the new one included.
+    pub limit: u32,
+    pub ttl_ms: Millis,
+    pub owner: Bytes,
+    /// 0: do not wait.
+    pub wait_ms: Millis,
+    /// Renewed and, at the end, released by the connection.
+    pub bind: bool,
 }
 
 /// What only the session can do: it owns the connection's state.
@@ -213,19 +236,22 @@ pub type PlanFn = fn(&Args, &Context) -> Result<Plan>;
 pub enum Group {
     Jobs,
     DeadLetters,
+    Locks,
     Operations,
     Connection,
     Server,
 }
 
 impl Group {
-    pub const ALL: [Group; 5] = [Group::Jobs, Group::DeadLetters, Group::Operations, Group::Connection, Group::Server];
+    pub const ALL: [Group; 6] =
+        [Group::Jobs, Group::DeadLetters, Group::Locks, Group::Operations, Group::Connection, Group::Server];
 
     /// As `COMMAND DOCS` and the reference say it.
     pub fn word(self) -> &'static str {
         match self {
             Group::Jobs => "jobs",
             Group::DeadLetters => "dead letters",
+            Group::Locks => "locks",
             Group::Operations => "operations",
             Group::Connection => "connection",
             Group::Server => "server",
@@ -327,7 +353,7 @@ impl Spec {
 }
 
 /// All rows, family by family.
-pub static FAMILIES: &[&[Spec]] = &[job::ROWS, dead::ROWS, admin::ROWS, connection::ROWS];
+pub static FAMILIES: &[&[Spec]] = &[job::ROWS, dead::ROWS, lock::ROWS, admin::ROWS, connection::ROWS];
 
 /// A [`Spec`] with what is worked out from it once.
 pub struct Row {

@@ -26,11 +26,12 @@ use rand::Rng;
 use tokio::sync::{Notify, oneshot};
 
 use super::meter::Meter;
+use super::turnstile::Lines;
 use super::waiting::Ticket;
 use crate::error::{Code, Error, Happened, Result};
 use crate::job::{Delivery, Lease, Name, TOKEN_MAX};
 use crate::metrics::Metrics;
-use crate::shard::{Action, Applied, Effect, Op, Outcome, Shard, Stamp};
+use crate::shard::{Action, Applied, Deed, Effect, Keyed, Op, Outcome, Shard, Stamp, Wake};
 
 /// Most jobs in one batch; one operation larger than this goes alone.
 const BATCH_JOBS_MAX: usize = 512;
@@ -193,6 +194,8 @@ pub struct Lane {
     room: Notify,
     /// Jobs that wait or run, per queue: as the last answer said, plus what was sent since.
     loads: DashMap<Name, u64, RandomState>,
+    /// Who waits for the shard's locks and semaphores.
+    pub lines: Lines,
     pub vitals: Vitals,
 }
 
@@ -219,6 +222,7 @@ impl Lane {
             bell: Notify::new(),
             room: Notify::new(),
             loads: DashMap::with_hasher(RandomState::default()),
+            lines: Lines::default(),
             vitals,
         })
     }
@@ -306,7 +310,7 @@ impl Lane {
     fn note_back(&self) {
         if self.vitals.down.swap(false, Ordering::Relaxed) {
             tracing::info!(shard = %self.name, "shard is back");
-            self.woken(None);
+            self.woken(Wake::Missed);
         }
     }
 
@@ -350,10 +354,15 @@ impl Lane {
         self.bell.notify_one();
     }
 
-    fn woken(&self, queue: Option<Name>) {
+    fn woken(&self, wake: Wake) {
+        match &wake {
+            Wake::Queue(_) => {}
+            Wake::Freed(kind, name) => return self.lines.ring(*kind, name),
+            Wake::Missed => self.lines.ring_all(),
+        }
         let mut mail = self.mail();
-        match queue {
-            Some(queue) if mail.woken.len() < QUEUES_KEPT_MAX => {
+        match wake {
+            Wake::Queue(queue) if mail.woken.len() < QUEUES_KEPT_MAX => {
                 mail.woken.insert(queue);
             }
             _ => mail.all_woken = true,
@@ -387,7 +396,7 @@ impl Lane {
     /// Serves the lane until the process ends.
     pub async fn run(self: Arc<Lane>, metrics: Arc<Metrics>) {
         let lane = self.clone();
-        self.shard.watch(Arc::new(move |queue| lane.woken(queue)));
+        self.shard.watch(Arc::new(move |wake| lane.woken(wake)));
         let mut line = Line::new(self, metrics);
         loop {
             // A lane that stopped would leave its sessions without an answer for ever. Whoever was in the batch that
@@ -649,11 +658,13 @@ impl Line {
     async fn apply(&mut self, batch: Vec<Parcel>) {
         let mut ops = Vec::with_capacity(batch.len());
         let mut answers = Vec::with_capacity(batch.len());
+        let mut freed = Vec::new();
         for parcel in batch {
             let queue = match parcel.answer {
                 Answer::Session(_) | Answer::Owed(..) | Answer::Nobody => None,
                 Answer::Leasing(_) | Answer::Ticket(_) => Some(parcel.op.queue.clone()),
             };
+            freed.extend(releases(&parcel.op).map(|(kind, name)| (answers.len(), kind, name)));
             answers.push((parcel.answer, queue));
             ops.push(parcel.op);
         }
@@ -687,6 +698,11 @@ impl Line {
         // Effects first: they say whether there is more for the tickets that are answered below.
         for effect in effects {
             self.take_effect(effect);
+        }
+        for (place, kind, name) in freed {
+            if matches!(outcomes.get(place), Some(Ok(Outcome::Count(1)))) {
+                self.lane.lines.ring(kind, &name);
+            }
         }
         let mut returned = Vec::new();
         for ((answer, queue), outcome) in answers.into_iter().zip(outcomes) {
@@ -922,6 +938,14 @@ fn next_page<'a>(names: &'a [Name], after: &mut Option<Name>) -> &'a [Name] {
     let page = &names[start..(start + SWEEP_QUEUES_MAX).min(names.len())];
     *after = page.last().filter(|_| start + page.len() < names.len()).cloned();
     page
+}
+
+/// The lock or semaphore that the op may free.
+fn releases(op: &Op) -> Option<(Keyed, Name)> {
+    match &op.action {
+        Action::Keyed { kind, deed: Deed::Release { .. } } => Some((*kind, op.queue.clone())),
+        _ => None,
+    }
 }
 
 /// Random lease tokens.

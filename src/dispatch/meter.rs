@@ -30,7 +30,8 @@ enum Kind {
 
 /// One op of a batch that is on its way.
 pub struct Noted {
-    queue: Arc<QueueMetrics>,
+    /// `None`: the op is on a lock or semaphore.
+    queue: Option<Arc<QueueMetrics>>,
     kind: Kind,
 }
 
@@ -52,6 +53,10 @@ impl Meter {
         let mut last: Option<(&Name, Arc<QueueMetrics>)> = None;
         let mut noted = Vec::with_capacity(ops.len());
         for op in ops {
+            if matches!(op.action, Action::Keyed { .. }) {
+                noted.push(Noted { queue: None, kind: Kind::Quiet });
+                continue;
+            }
             let queue = match &last {
                 Some((name, queue)) if **name == op.queue => queue.clone(),
                 _ => self.metrics.queue(&op.queue),
@@ -71,7 +76,7 @@ impl Meter {
                 _ => Kind::Quiet,
             };
             last = Some((&op.queue, queue.clone()));
-            noted.push(Noted { queue, kind });
+            noted.push(Noted { queue: Some(queue), kind });
         }
         noted
     }
@@ -85,6 +90,7 @@ impl Meter {
         }
         let now = Instant::now();
         for (Noted { queue, kind }, outcome) in noted.iter().zip(outcomes) {
+            let Some(queue) = queue else { continue };
             match (kind, outcome) {
                 (Kind::Enqueue, Ok(Outcome::Enqueued(placed))) => {
                     queue.enqueued.inc_by(placed.iter().filter(|one| matches!(one, Placed::Added(_))).count() as u64);

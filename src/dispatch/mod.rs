@@ -7,6 +7,7 @@ pub mod lane;
 pub mod meter;
 pub mod router;
 pub mod sampler;
+pub mod turnstile;
 pub mod waiting;
 
 use std::sync::{Arc, PoisonError, RwLock};

@@ -107,7 +107,7 @@ async fn finish(mut answer: execute::Answer, process: &Process) -> Reply {
     let reply = match poll_fn(|context| answer.poll(context)).await {
         Done::Reply(reply) => reply,
         // Nothing here asks for deliveries; dropped, they go back.
-        Done::Taken(..) | Done::Popped(..) | Done::Delivery(_) | Done::Deliveries(_) => Reply::Null,
+        Done::Taken(..) | Done::Popped(..) | Done::Granted(..) | Done::Delivery(_) | Done::Deliveries(_) => Reply::Null,
     };
     if let Reply::Error(error) = &reply {
         process.metrics.error(error.code);

@@ -119,6 +119,7 @@ impl Rows for MapRows {
                     | (Table::Records, Key::Record(..))
                     | (Table::Jobs, Key::Job(..))
                     | (Table::Uniques, Key::Unique(..))
+                    | (Table::Objects, Key::Object(..))
             )
         };
         self.0.iter().filter(|(key, _)| is_in(key)).try_for_each(|(key, row)| visit(key.clone(), row.clone()))

@@ -99,7 +99,38 @@ pub enum Start {
     At(UnixMs),
 }
 
-/// One operation on one queue of one shard.
+/// The kinds of keyed objects. Each kind has its own names, and none meets the queues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Keyed {
+    /// Held by one at a time. Each grant has a fence, one more than the grant before; a free lock keeps its count.
+    Lock,
+    /// Held by several. Nothing is kept of one that nobody holds.
+    Semaphore,
+}
+
+/// What is done to a keyed object. Holders whose time is up are gone before.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Deed {
+    /// Makes `token` a holder for so long while there are fewer than `limit`; one that holds already keeps its fence and
+    /// gets the new end. `waits`: who asks will ask again and wants to hear when another lets go. [`Outcome::Granted`] or
+    /// [`Outcome::NotFree`]
+    Acquire { token: u64, limit: u32, ttl_ms: Millis, owner: Bytes, waits: bool },
+    /// [`Outcome::Count`] 1, or 0 when the token holds nothing.
+    Release { token: u64 },
+    /// Moves the end to now + `ttl_ms`. [`Outcome::Count`] 1, or 0 when the token holds nothing.
+    Renew { token: u64, ttl_ms: Millis },
+    /// [`Outcome::Holders`]
+    Show,
+}
+
+/// Who holds a keyed object, and for how much longer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    pub owner: Bytes,
+    pub left_ms: Millis,
+}
+
+/// One operation on one queue of one shard, or on a keyed object, whose name then stands for the queue's.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Op {
     pub queue: Name,
@@ -150,6 +181,8 @@ pub enum Action {
     DeadDelete { jobs: Vec<JobRef> },
     /// Moves what has fallen due and trims what is kept; nothing else. [`Outcome::Done`]
     Tick,
+    /// On a lock or semaphore instead of a queue; it has no [`Effect`].
+    Keyed { kind: Keyed, deed: Deed },
 }
 
 /// What became of one new job.
@@ -206,6 +239,19 @@ pub enum Outcome {
         count: u64,
         next: Option<UnixMs>,
     },
+    /// `fence` is 0 for a semaphore.
+    Granted {
+        fence: u64,
+    },
+    /// Until the first holder's time is up, unless it is renewed.
+    NotFree {
+        free_in: Millis,
+    },
+    /// In the order in which their time is up; the fence of the last grant.
+    Holders {
+        fence: u64,
+        holders: Vec<Holder>,
+    },
     LeaseLost,
     NoSuchJob,
 }
@@ -247,9 +293,18 @@ pub struct Health {
     pub warnings: Vec<String>,
 }
 
-/// Called by a shard when a queue of it stopped being empty, whoever did it. `None`: wake-ups may have been missed, so
-/// every queue counts as not empty.
-pub type OnWake = Arc<dyn Fn(Option<Name>) + Send + Sync>;
+/// What a shard says of itself unasked, whoever did it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// The queue stopped being empty.
+    Queue(Name),
+    /// A holder let go of an object for which somebody waited.
+    Freed(Keyed, Name),
+    /// Wake-ups may have been missed: every queue counts as not empty and every object as free.
+    Missed,
+}
+
+pub type OnWake = Arc<dyn Fn(Wake) + Send + Sync>;
 
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -262,7 +317,7 @@ pub trait Shard: Send + Sync + 'static {
     /// The names of the queues that the shard has ever seen, sorted.
     fn queues(&self) -> BoxFuture<'_, Result<Vec<Name>>>;
 
-    /// From now on calls `on_wake` for each queue that becomes non-empty. An implementation whose only writer is this
+    /// From now on calls `on_wake` for each queue that becomes non-empty and each awaited object that is freed. An implementation whose only writer is this
     /// process need not call it: the effects of its batches say the same.
     fn watch(&self, on_wake: OnWake);
 

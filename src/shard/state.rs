@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! State   the queues by name, and the stamp                       state.rs
+//!  ├ Objects  the locks and semaphores by name                    keyed.rs
 //!  └ Turn   one queue's part of a batch: take, transition, put     turn.rs, its actions in ops.rs
 //!     ├ Queue  orders, keys and counters of a queue, in memory      queue.rs, the ready ones in line.rs
 //!     ├ Job    header, detail, record                               job.rs
@@ -25,9 +26,10 @@ use std::collections::hash_map::Entry;
 use crate::clock::UnixMs;
 use crate::error::{Error, Result};
 use crate::job::Name;
-use crate::shard::{Applied, Op, Rules, Stamp};
+use crate::shard::{Action, Applied, Op, Rules, Stamp};
 
 mod job;
+mod keyed;
 mod line;
 mod ops;
 mod queue;
@@ -35,6 +37,7 @@ pub mod rows;
 mod turn;
 
 use job::{Job, Record, broken};
+use keyed::Objects;
 use queue::{Hold, Queue};
 use rows::{Key, Rows, Table};
 use turn::Turn;
@@ -45,12 +48,13 @@ pub struct State<R> {
     queues: HashMap<Name, Queue, foldhash::fast::RandomState>,
     /// The number of the last queue.
     queue_number: u32,
+    objects: Objects,
 }
 
 impl<R: Rows> State<R> {
     /// The state of a shard that nobody has used, over rows that are empty.
     pub fn new(rows: R, rules: Rules) -> State<R> {
-        State { rows, rules, queues: HashMap::default(), queue_number: 0 }
+        State { rows, rules, queues: HashMap::default(), queue_number: 0, objects: Objects::default() }
     }
 
     /// Makes the state that the rows tell of.
@@ -85,12 +89,14 @@ impl<R: Rows> State<R> {
             Key::Record(number, seq) => queue_of(number, &mut |queue| load_record(queue, seq, &row)),
             _ => Ok(()),
         })?;
+        let mut objects = Objects::default();
+        rows.each(Table::Objects, &mut |key, row| objects.load(key, row))?;
         let queue_number = by_number.keys().copied().max().unwrap_or(0);
         let sorted = by_number.into_values().map(|mut queue| {
             queue.sort_over();
             (queue.name.clone(), queue)
         });
-        Ok(State { rows, rules, queues: sorted.collect(), queue_number })
+        Ok(State { rows, rules, queues: sorted.collect(), queue_number, objects })
     }
 
     /// Applies the ops in order at one point in time. `Err`: the store failed, and the state is unfit for use.
@@ -98,6 +104,10 @@ impl<R: Rows> State<R> {
         let mut outcomes = Vec::with_capacity(ops.len());
         let mut touched: Vec<Name> = Vec::new();
         for Op { queue: name, action } in ops {
+            if let Action::Keyed { kind, deed } = action {
+                outcomes.push(Ok(self.objects.act(&mut self.rows, (kind, name), deed, now)));
+                continue;
+            }
             let queue = match self.queues.entry(name) {
                 Entry::Occupied(entry) => entry.into_mut(),
                 Entry::Vacant(entry) => {

@@ -11,6 +11,7 @@ mod delivery;
 pub mod keyguard;
 mod keys;
 mod life;
+mod locks;
 mod pages;
 mod servers;
 mod time;

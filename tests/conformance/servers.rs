@@ -4,11 +4,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::trial::Home;
-use super::{Case, dead, delivery, keys, life, pages, run, time, verdicts};
+use super::{Case, dead, delivery, keys, life, locks, pages, run, time, verdicts};
 use crate::support::servers::{Cluster, Flavour};
 
 fn suite() -> impl Iterator<Item = &'static Case> {
-    [delivery::CASES, verdicts::CASES, time::CASES, keys::CASES, dead::CASES, pages::CASES, life::CASES]
+    [delivery::CASES, verdicts::CASES, time::CASES, keys::CASES, dead::CASES, pages::CASES, life::CASES, locks::CASES]
         .into_iter()
         .flatten()
 }

@@ -70,6 +70,11 @@ impl Keeper {
         }
     }
 
+    /// Whether a shard that is opened again knows nothing of what was before.
+    pub fn forgets(&self) -> bool {
+        matches!(self.home, Home::Memory)
+    }
+
     pub async fn open_shard(&self, rules: Rules) -> Arc<dyn Shard> {
         match (&self.home, &self.server) {
             (Home::Embedded, _) => Arc::new(Embedded::open(self.dir.path(), rules).unwrap()),

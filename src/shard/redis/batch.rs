@@ -10,12 +10,12 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use foldhash::fast::RandomState;
 use redis::{Cmd, Value};
 
-use super::{Keys, QUEUE_KEYS};
+use super::{Keys, QUEUE_KEYS, keyed};
 use crate::clock::UnixMs;
 use crate::error::{Error, Result};
 use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Spec, TEXT_BYTES_MAX};
 use crate::shard::{
-    Action, BULK_JOBS_MAX, Effect, Op, Outcome, PAGE_JOBS_MAX, Placed, Rules, Start, Stats, TICK_JOBS_MAX,
+    Action, BULK_JOBS_MAX, Deed, Effect, Keyed, Op, Outcome, PAGE_JOBS_MAX, Placed, Rules, Start, Stats, TICK_JOBS_MAX,
 };
 
 /// Numbers of 6 bytes are below this.
@@ -28,10 +28,12 @@ const STAMP_DIGITS: usize = 13;
 // The script has one bound for both.
 const _: () = assert!(TICK_JOBS_MAX == BULK_JOBS_MAX);
 
-/// The ops of one queue: one call.
+/// The ops of one queue, lock or semaphore: one call.
 #[derive(Clone)]
 pub struct Part {
     pub queue: Name,
+    /// Which keyed object has the name; `None`: it is a queue's.
+    object: Option<Keyed>,
     /// Whether the call may make a queue that was not there.
     pub creates: bool,
     places: Vec<usize>,
@@ -50,13 +52,17 @@ enum Run {
     One(usize),
 }
 
-/// Sorts the chosen ops by queue, in the order in which the queues appear.
+/// Sorts the chosen ops by queue or object, in the order in which these appear.
 pub fn split(ops: &[Op], is_chosen: impl Fn(usize) -> bool) -> Vec<Part> {
     let mut parts: Vec<Part> = Vec::new();
-    let mut known: HashMap<&Name, usize, RandomState> = HashMap::default();
+    let mut known: HashMap<(&Name, Option<Keyed>), usize, RandomState> = HashMap::default();
     for (place, op) in ops.iter().enumerate().filter(|(place, _)| is_chosen(*place)) {
-        let at = *known.entry(&op.queue).or_insert_with(|| {
-            parts.push(Part { queue: op.queue.clone(), creates: false, places: Vec::new(), runs: Vec::new() });
+        let object = match &op.action {
+            Action::Keyed { kind, .. } => Some(*kind),
+            _ => None,
+        };
+        let at = *known.entry((&op.queue, object)).or_insert_with(|| {
+            parts.push(Part { queue: op.queue.clone(), object, creates: false, places: Vec::new(), runs: Vec::new() });
             parts.len() - 1
         });
         parts[at].push(place, &op.action);
@@ -81,6 +87,7 @@ pub fn is_repeatable(action: &Action) -> bool {
             | Action::Pause { .. }
             | Action::DeadGet { .. }
             | Action::Tick
+            | Action::Keyed { deed: Deed::Acquire { .. } | Deed::Renew { .. } | Deed::Show, .. }
     )
 }
 
@@ -152,6 +159,9 @@ impl Part {
     }
 
     pub fn command(&self, digest: &str, keys: &Keys, rules: &Rules, ops: &[Op], at: Option<UnixMs>) -> Cmd {
+        if let Some(kind) = self.object {
+            return keyed::command(keys, kind, &self.queue, self.deeds(ops), at);
+        }
         let mut command = redis::cmd("EVALSHA");
         command.arg(digest).arg(QUEUE_KEYS.len());
         let mut key = keys.of_queue(&self.queue);
@@ -168,6 +178,14 @@ impl Part {
             self.put_run(&mut command, &mut scratch, run, ops);
         }
         command
+    }
+
+    /// What is done to the part's object.
+    fn deeds<'a>(&'a self, ops: &'a [Op]) -> impl Iterator<Item = &'a Deed> {
+        self.places.iter().filter_map(|place| match &ops[*place].action {
+            Action::Keyed { deed, .. } => Some(deed),
+            _ => None,
+        })
     }
 
     fn put_run(&self, command: &mut Cmd, scratch: &mut BytesMut, run: &Run, ops: &[Op]) {
@@ -217,8 +235,13 @@ impl Part {
         });
     }
 
-    /// An outcome for each op of the part in order, and the queue's effect; `None` when this is no answer of the script.
-    pub fn decode(&self, answer: Value, ops: &[Op]) -> Option<(Vec<Outcome>, Effect)> {
+    /// An outcome for each op of the part in order, and a queue's effect; `None` when this is no answer of the script.
+    pub fn decode(&self, answer: Value, ops: &[Op]) -> Option<(Vec<Outcome>, Option<Effect>)> {
+        if self.object.is_some() {
+            let read = self.deeds(ops).zip(list(answer)?).map(|(deed, value)| keyed::read_outcome(deed, value));
+            let outcomes: Option<Vec<Outcome>> = read.collect();
+            return Some((outcomes.filter(|outcomes| outcomes.len() == self.places.len())?, None));
+        }
         let mut answer = list(answer)?.into_iter();
         let mut runs = list(answer.next()?)?.into_iter();
         let (ready, load, due, now) =
@@ -262,7 +285,7 @@ impl Part {
             load: load as u64,
             due_in: u64::try_from(due).ok(),
         };
-        Some((outcomes, effect))
+        Some((outcomes, Some(effect)))
     }
 
     fn read_deliveries(
@@ -312,7 +335,7 @@ fn outcome_of_nothing(action: &Action) -> Outcome {
     }
 }
 
-fn put_short(out: &mut BytesMut, number: u64) {
+pub fn put_short(out: &mut BytesMut, number: u64) {
     out.put_uint(number.min(SHORT_MAX), 6);
 }
 
@@ -321,7 +344,7 @@ fn put_lease(out: &mut BytesMut, lease: Lease) {
     put_short(out, lease.token);
 }
 
-fn put_bytes(out: &mut BytesMut, bytes: &[u8]) {
+pub fn put_bytes(out: &mut BytesMut, bytes: &[u8]) {
     let bytes = cut(bytes);
     out.put_u16(bytes.len() as u16);
     out.put_slice(bytes);
@@ -494,20 +517,20 @@ fn put_one(command: &mut Cmd, scratch: &mut BytesMut, action: &Action) {
                 None => command.arg("-1"),
             };
         }
-        Action::Tick | Action::Enqueue { .. } | Action::Lease { .. } | Action::Ack { .. } => {
+        Action::Tick | Action::Enqueue { .. } | Action::Lease { .. } | Action::Ack { .. } | Action::Keyed { .. } => {
             command.arg("t");
         }
     }
 }
 
-fn list(value: Value) -> Option<Vec<Value>> {
+pub fn list(value: Value) -> Option<Vec<Value>> {
     match value {
         Value::Array(values) => Some(values),
         _ => None,
     }
 }
 
-fn int(value: &Value) -> Option<i64> {
+pub fn int(value: &Value) -> Option<i64> {
     match value {
         Value::Int(number) => Some(*number),
         // Some servers answer a float where a script returns a number that it computed as one.
@@ -517,7 +540,7 @@ fn int(value: &Value) -> Option<i64> {
     }
 }
 
-fn text(value: Value) -> Option<Bytes> {
+pub fn text(value: Value) -> Option<Bytes> {
     match value {
         Value::BulkString(text) => Some(text.into()),
         Value::SimpleString(text) => Some(text.into()),

@@ -23,9 +23,9 @@ use tokio::time::timeout;
 
 use super::Timeouts;
 use super::dial::Endpoint;
+use super::keyed::read_wake;
 use crate::error::{Code, Error, Happened, Result};
-use crate::job::Name;
-use crate::shard::{Keyspace, OnWake};
+use crate::shard::{Keyspace, OnWake, Wake};
 
 /// Most partitions of one cluster.
 const PARTITIONS_MAX: u32 = 1024;
@@ -135,8 +135,8 @@ impl Home {
         }
     }
 
-    /// A connection that has the script; the error says in words why there is none.
-    pub async fn connect(&self, script: &str) -> std::result::Result<Live, String> {
+    /// A connection that has the scripts; the error says in words why there is none.
+    pub async fn connect(&self, scripts: &[&str]) -> std::result::Result<Live, String> {
         static CONNECTIONS: AtomicU64 = AtomicU64::new(1);
         let opening = async {
             match &self.place {
@@ -167,7 +167,7 @@ impl Home {
             Err(_) => return Err(format!("took no connection within {} ms", patience.as_millis())),
         };
         let live = Live { id: CONNECTIONS.fetch_add(1, Ordering::Relaxed), wire };
-        live.load(script, self.timeouts.answer).await?;
+        live.load(scripts, self.timeouts.answer).await?;
         if let Place::Cluster { shared, .. } = &self.place {
             *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(live.clone());
         }
@@ -299,11 +299,15 @@ impl Live {
         self.send(vec![command], patience).await.pop().unwrap_or_else(unanswered)
     }
 
-    /// Loads the script; with `SCRIPT LOAD`, because servers may evict what came with `EVAL`.
-    pub async fn load(&self, script: &str, patience: Duration) -> std::result::Result<(), String> {
-        let mut load = redis::cmd("SCRIPT");
-        load.arg("LOAD").arg(script);
-        self.ask(load, patience).await.map(drop).map_err(|error| format!("does not take the script: {}", words(&error)))
+    /// Loads the scripts; with `SCRIPT LOAD`, because servers may evict what came with `EVAL`.
+    pub async fn load(&self, scripts: &[&str], patience: Duration) -> std::result::Result<(), String> {
+        for script in scripts {
+            let mut load = redis::cmd("SCRIPT");
+            load.arg("LOAD").arg(script);
+            let loaded = self.ask(load, patience).await;
+            loaded.map_err(|error| format!("does not take the script: {}", words(&error)))?;
+        }
+        Ok(())
     }
 }
 
@@ -397,7 +401,7 @@ pub async fn watch(home: Arc<Home>, channel: String, timeouts: Timeouts, on_wake
     loop {
         if let Ok(Ok(subscription)) = timeout(timeouts.connect + timeouts.answer, home.subscribe(&channel)).await {
             // Whatever was said while nobody listened was missed.
-            on_wake(None);
+            on_wake(Wake::Missed);
             listen(subscription, timeouts.answer, &on_wake).await;
         }
         let rest = rand::rng().random_range(RETRY_MS);
@@ -410,7 +414,7 @@ async fn listen(subscription: PubSub, patience: Duration, on_wake: &OnWake) {
     let (mut sink, mut messages) = subscription.split();
     loop {
         match timeout(SILENCE_MAX, messages.next()).await {
-            Ok(Some(message)) => on_wake(Name::parse(message.get_payload_bytes()).ok()),
+            Ok(Some(message)) => on_wake(read_wake(message.get_payload_bytes())),
             Ok(None) => return,
             Err(_) => {
                 let is_there = matches!(timeout(patience, sink.ping::<Value>()).await, Ok(Ok(_)));

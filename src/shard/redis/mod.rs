@@ -3,7 +3,7 @@
 //! The rules are in Lua (`begin.lua`, `flow.lua`, `rules.lua`, `finish.lua`, one script together). The ops of one queue in a
 //! batch are one `EVALSHA`, all queues of a batch one write, so that a batch costs one round trip and each queue's part is
 //! one commit. [`batch`] encodes ops and decodes answers, [`connect`] opens connections and says what their errors mean,
-//! [`server`] asks the server about itself. [`dial`] and [`link`] carry ordinary commands and are apart from all that.
+//! [`server`] asks the server about itself. [`keyed`] and `keyed.lua` are the same for locks and semaphores, one call each. [`dial`] and [`link`] carry ordinary commands and are apart from all that.
 //!
 //! Promises: no await without an end; a failure of one queue's call leaves the others' outcomes alone; after an unknown
 //! outcome only what is safe to repeat is sent again, once. A change of the records' layout also needs `src/job.rs` and
@@ -12,6 +12,7 @@
 mod batch;
 mod connect;
 pub mod dial;
+mod keyed;
 pub mod link;
 mod server;
 
@@ -25,7 +26,7 @@ use tokio::task::AbortHandle;
 
 use self::batch::Part;
 use self::connect::{Failure, Home, Live};
-use super::{Action, Applied, BoxFuture, Effect, Health, Keyspace, OnWake, Op, Outcome, Rules, Shard, Stamp};
+use super::{Action, Applied, BoxFuture, Effect, Health, Keyed, Keyspace, OnWake, Op, Outcome, Rules, Shard, Stamp};
 use crate::clock::{Millis, UnixMs};
 use crate::error::{Code, Error, Happened, Result};
 use crate::job::Name;
@@ -47,12 +48,15 @@ const QUEUE_KEYS: [&str; 13] = [
     "expired",
 ];
 
-/// The one script.
+/// The script of a queue. Locks and semaphores have their own ([`keyed`]).
 const SCRIPT: &str =
     concat!(include_str!("begin.lua"), include_str!("flow.lua"), include_str!("rules.lua"), include_str!("finish.lua"));
 
 /// The digest by which it is called.
 static DIGEST: LazyLock<String> = LazyLock::new(|| redis::Script::new(SCRIPT).get_hash().to_owned());
+
+/// What every connection makes sure the server knows.
+const SCRIPTS: [&str; 2] = [SCRIPT, keyed::SCRIPT];
 
 /// How long a server may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +85,14 @@ impl Keys {
             None => format!("goflow:{{{queue}}}:"),
             Some(partition) => format!("goflow:{{{partition}:{queue}}}:"),
         }
+    }
+
+    fn of_object(&self, kind: Keyed, name: &Name) -> String {
+        let what = match kind {
+            Keyed::Lock => "lock",
+            Keyed::Semaphore => "sem",
+        };
+        self.of_queue(name) + what
     }
 
     fn of_shard(&self, what: &str) -> String {
@@ -180,7 +192,7 @@ impl Redis {
         {
             return Err(self.down(why, Happened::No));
         }
-        match self.home.connect(SCRIPT).await {
+        match self.home.connect(&SCRIPTS).await {
             Ok(live) => {
                 // A server that was restarted without its data has also lost the registry.
                 self.registered().clear();
@@ -260,7 +272,7 @@ impl Redis {
             return answers;
         }
         let loaded = match self.live().await {
-            Ok(live) => live.load(SCRIPT, self.timeouts.answer).await.map_err(|why| self.down(&why, Happened::No)),
+            Ok(live) => live.load(&SCRIPTS, self.timeouts.answer).await.map_err(|why| self.down(&why, Happened::No)),
             Err(error) => Err(error),
         };
         let again: Vec<Part> = forgotten.iter().map(|at| parts[*at].clone()).collect();
@@ -291,7 +303,7 @@ impl Redis {
                 match decoded {
                     Ok((found, effect)) => {
                         part.places().zip(found).for_each(|(place, outcome)| outcomes[place] = Some(Ok(outcome)));
-                        effects.push(effect);
+                        effects.extend(effect);
                     }
                     Err(failure) => {
                         let error = failure.into_error(&self.name);

@@ -63,7 +63,8 @@ impl<R: Rows> Turn<'_, R> {
             Action::DeadRetry { jobs } => self.dead_retry(&jobs),
             Action::DeadRetryAll { until } => self.dead_retry_all(until.unwrap_or(self.now)),
             Action::DeadDelete { jobs } => self.dead_delete(&jobs),
-            Action::Tick => Ok(Outcome::Done),
+            // An object is no part of a queue: it never comes here.
+            Action::Tick | Action::Keyed { .. } => Ok(Outcome::Done),
         }
     }
 

@@ -7,6 +7,8 @@
 use bytes::Bytes;
 
 use crate::error::Result;
+use crate::job::Name;
+use crate::shard::Keyed;
 
 /// What a row is about. Queues are numbered in the order in which they were first seen.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -21,6 +23,8 @@ pub enum Key {
     Job(u32, u64),
     /// Who holds a unique key, and until when.
     Unique(u32, Bytes),
+    /// Who holds a lock or semaphore, and a lock's fence.
+    Object(Keyed, Name),
 }
 
 /// The kinds of rows that are read as a whole when a state is rebuilt.
@@ -30,6 +34,7 @@ pub enum Table {
     Records,
     Jobs,
     Uniques,
+    Objects,
 }
 
 /// Called with each row of a table.
