@@ -494,6 +494,8 @@ impl Line {
             self.idle().await;
         } else {
             self.apply(batch).await;
+            // Sessions that are readable by now, many of them on the answers just sent, belong to the next batch.
+            tokio::task::yield_now().await;
         }
     }
 
@@ -870,7 +872,8 @@ impl Line {
             None => timer.map_or(self.sweep_at, |due_at| due_at.min(self.sweep_at)),
         };
         tokio::select! {
-            () = self.lane.bell.notified() => {}
+            // The sessions that became readable together with the one that rang belong to the same batch.
+            () = self.lane.bell.notified() => tokio::task::yield_now().await,
             () = tokio::time::sleep_until(wake_at.into()) => {
                 if self.is_resting() {
                     self.knock().await;
