@@ -232,18 +232,6 @@ OK",
         plan: |_, _| Ok(Plan::Now(Reply::Array(Vec::new()))),
         ..SERVER
     },
-    Spec::container("MEMORY", Group::Server, "4.0.0", "Memory diagnostics."),
-    Spec {
-        name: "MEMORY|DOCTOR",
-        since: "4.0.0",
-        summary: "Reports memory problems: none are looked for.",
-        reply: "A bulk string.",
-        examples: "\
-> MEMORY DOCTOR
-\"...",
-        plan: |_, _| Ok(Plan::Now(Reply::text("GoFlow keeps no data in memory that this could judge; see INFO."))),
-        ..SERVER
-    },
     Spec::container(
         "SLOWLOG",
         Group::Server,

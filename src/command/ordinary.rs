@@ -345,7 +345,6 @@ pub static ROWS: &[Row] = &[
     row("PSYNC", -3, Keys::None, How::Refused),
     row("REPLCONF", -1, Keys::None, How::Refused),
     row("MONITOR", 1, Keys::None, How::Refused),
-    row("MODULE", -2, Keys::None, How::Refused),
     row("RESTORE-ASKING", -4, Keys::None, How::Refused),
     row("PFDEBUG", 3, Keys::None, How::Refused),
     row("PFSELFTEST", 1, Keys::None, How::Refused),
