@@ -2,7 +2,7 @@
 //!
 //! `the_replies_are_those_of_redis_byte_for_byte` draws sequences of commands from every family, some of them broken on
 //! purpose, sends each to GoFlow over one Redis shard and to another Redis beside it, and compares what comes back. It runs
-//! `GOFLOW_FORWARD_SEQUENCES` sequences (2,000 by default); a failure names its seed, which `GOFLOW_FORWARD_SEED` repeats.
+//! `GOFLOW_FORWARD_SEQUENCES` sequences (500 by default); a failure names its seed, which `GOFLOW_FORWARD_SEED` repeats.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
