@@ -17,6 +17,7 @@ use crate::execute::durable::Rule;
 use crate::forward::Forwarding;
 use crate::job::Name;
 use crate::metrics::Metrics;
+use crate::resp::glob;
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::Bounds;
 use crate::shard::{Action, Op, Outcome};
@@ -297,7 +298,7 @@ impl Process {
             .copied()
             .chain([("proto-max-bulk-len", limit.as_str())])
             .chain(self.settings.iter().map(|(name, value)| (name.as_str(), value.as_str())));
-        let matching = known.filter(|(name, _)| patterns.iter().any(|pattern| glob(pattern, name.as_bytes())));
+        let matching = known.filter(|(name, _)| patterns.iter().any(|pattern| names(pattern, name.as_bytes())));
         Reply::Map(matching.map(|(name, value)| (Reply::bulk(name), Reply::bulk(value))).collect())
     }
 
@@ -368,28 +369,9 @@ impl Process {
     }
 }
 
-/// Redis's glob: `*`, `?` and `\` alone matter for the names of settings; case does not.
-fn glob(pattern: &[u8], text: &[u8]) -> bool {
-    let (mut p, mut t, mut star) = (0, 0, None);
-    while t < text.len() {
-        match pattern.get(p) {
-            Some(b'*') => {
-                star = Some((p, t));
-                p += 1;
-            }
-            Some(b'?') => (p, t) = (p + 1, t + 1),
-            Some(byte) if byte.eq_ignore_ascii_case(&text[t]) => (p, t) = (p + 1, t + 1),
-            _ => match star {
-                // Let the last star take one byte more.
-                Some((at, taken)) => {
-                    star = Some((at, taken + 1));
-                    (p, t) = (at + 1, taken + 1);
-                }
-                None => return false,
-            },
-        }
-    }
-    pattern[p..].iter().all(|byte| *byte == b'*')
+/// Whether the name of a setting matches; case does not matter.
+fn names(pattern: &[u8], name: &[u8]) -> bool {
+    glob::matches(&pattern.to_ascii_lowercase(), &name.to_ascii_lowercase())
 }
 
 #[cfg(test)]
@@ -407,7 +389,7 @@ mod tests {
             ("a*b*c", "aXbXbc", true),
             ("", "a", false),
         ] {
-            assert_eq!(glob(pattern.as_bytes(), text.as_bytes()), matches, "{pattern} on {text}");
+            assert_eq!(names(pattern.as_bytes(), text.as_bytes()), matches, "{pattern} on {text}");
         }
     }
 

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use super::args::{Arg, Args, Kind, syntax_error};
 use super::{Context, Flag, Group, Plan, Row, find, help, lookup, rows};
 use crate::error::{Error, Result};
+use crate::resp::glob;
 use crate::resp::reply::Reply;
 
 fn set(words: Vec<&'static str>) -> Reply {
@@ -225,32 +226,9 @@ pub fn list(args: &Args, _: &Context) -> Result<Plan> {
     Ok(Plan::Now(match &kind.to_ascii_uppercase()[..] {
         b"MODULE" => Reply::Array(Vec::new()),
         b"ACLCAT" => names(all.filter(|row| is_in(row, value))),
-        b"PATTERN" => names(all.filter(|row| matches(&value.to_ascii_lowercase(), row.lower.as_bytes()))),
+        b"PATTERN" => names(all.filter(|row| glob::matches(&value.to_ascii_lowercase(), row.lower.as_bytes()))),
         _ => return Err(syntax_error()),
     }))
-}
-
-/// Redis's glob without its character classes, which no name of a command needs.
-fn matches(pattern: &[u8], text: &[u8]) -> bool {
-    let (mut p, mut t, mut star) = (0, 0, None);
-    while t < text.len() {
-        match pattern.get(p) {
-            Some(b'*') => {
-                star = Some((p, t));
-                p += 1;
-            }
-            Some(byte) if *byte == b'?' || *byte == text[t] => (p, t) = (p + 1, t + 1),
-            _ => match star {
-                // Let the last star take one byte more.
-                Some((at, taken)) => {
-                    star = Some((at, taken + 1));
-                    (p, t) = (at + 1, taken + 1);
-                }
-                None => return false,
-            },
-        }
-    }
-    pattern[p..].iter().all(|byte| *byte == b'*')
 }
 
 /// `COMMAND GETKEYS`, with Redis's errors.
