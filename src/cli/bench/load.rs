@@ -642,7 +642,10 @@ mod tests {
                         while parser.next(&mut input, &mut words).unwrap() == Parsed::Request {
                             lock(&server).answer(&words).encode(Protocol::Resp2, &mut out);
                         }
-                        stream.write_all(&out.split()).await.unwrap();
+                        // A generator whose phase is over hangs up without waiting for its last answers.
+                        if stream.write_all(&out.split()).await.is_err() {
+                            return;
+                        }
                     }
                 });
             }
@@ -653,9 +656,10 @@ mod tests {
     #[test]
     fn every_job_is_enqueued_delivered_and_acked_once_in_every_shape() {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let (address, server) = serve(&runtime);
         for shape in ["", "--batch 7", "--pipeline 5", "--pipeline 3 --batch 4", "--threads 2", "--rate 20000"] {
             for phases in ["apart", "together"] {
+                // One of its own: a request that a generator left behind takes no job of the next.
+                let (address, server) = serve(&runtime);
                 let line = format!("--queue q --jobs 203 --payload 100 --connections 2 --phases {phases} {shape}");
                 let options = options(&address, &line);
                 assert_eq!(options.phases == Phases::Together, phases == "together");
