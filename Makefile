@@ -1,7 +1,7 @@
 # run    the queue, with an embedded shard in ./goflow-data, on 127.0.0.1:6380
 # test   everything that must hold before a change is done; says first what is missing (.ci/setup installs it)
 # lint   formatting and lints alone
-# soak   the model test, the recovery, loss and fleet tests, long; placement, waiting and flat cost at full size
+# soak   the model test, the recovery, loss and fleet tests, long; placement, waiting, flat cost and ordinary commands at full size
 # bench  the load generator against a server of its own
 
 CARGO ?= cargo
@@ -31,6 +31,8 @@ soak:
 	  GOFLOW_WAITING_WORKERS=1000 GOFLOW_WAITING_JOBS=10000 GOFLOW_WAITING_IDLE_S=20 GOFLOW_WAITING_BOUNDS=1 \
 	  GOFLOW_FLAT_DEPTH=1000000 GOFLOW_FLAT_BOUNDS=1 \
 	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 routing:: waiting:: flat::
+	GOFLOW_PATIENCE_S=3600 GOFLOW_DURABLE_KILLS=50 \
+	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 durable::
 
 bench:
 	$(CARGO) run --release -- bench

@@ -147,7 +147,7 @@ pub struct ListConfig {
     /// When an element that was popped is done with.
     #[serde(default)]
     pub ack: ListAck,
-    /// How long an element may be worked on, should its proxy die.
+    /// How long an element may be worked on, should its proxy die; with `ack = "lease"` also when it is acked.
     #[serde(default = "ten_minutes", deserialize_with = "within::<_, _, 1, 604_800_000>")]
     pub lease_ms: Millis,
 }
@@ -160,6 +160,8 @@ pub enum ListAck {
     Next,
     /// When the reply is written.
     Now,
+    /// When its connection has lived for `lease_ms` since.
+    Lease,
 }
 
 fn ten_minutes() -> Millis {
@@ -168,7 +170,11 @@ fn ten_minutes() -> Millis {
 
 impl ListConfig {
     pub fn rule(&self) -> Rule {
-        let acked = if self.ack == ListAck::Next { Acked::Next } else { Acked::Now };
+        let acked = match self.ack {
+            ListAck::Next => Acked::Next,
+            ListAck::Now => Acked::Now,
+            ListAck::Lease => Acked::Lease,
+        };
         Rule { pattern: self.pattern.clone(), acked, lease_ms: self.lease_ms }
     }
 }

@@ -220,6 +220,11 @@ impl Answer {
         Answer::Done(Done::Reply(reply))
     }
 
+    /// The finished answer, for those who wait for nothing else.
+    async fn done(&mut self) -> Done {
+        std::future::poll_fn(|context| self.poll(context)).await
+    }
+
     /// Whether requests behind this one must wait until it is resolved.
     pub fn holds_back(&self) -> bool {
         matches!(self, Answer::Later(_) | Answer::Waiting(_))

@@ -25,7 +25,7 @@ use crate::command::ordinary;
 use crate::command::{self, Connection, Context, Plan, ReplyMode};
 use crate::dispatch::turnstile::Claim;
 use crate::error::{Code, Error};
-use crate::execute::durable::{self, Acked, Popped};
+use crate::execute::durable::{self, Unacked};
 use crate::execute::{Answer, Asker, Done, Keep, execute};
 use crate::forward::conversation::Conversation;
 use crate::forward::{Request, Ways};
@@ -104,7 +104,7 @@ struct Session<S> {
     written: u64,
     holds: VecDeque<(u64, Vec<Keep>)>,
     /// Elements of durable lists that the client has and has not shown to have worked on.
-    popped: Vec<Popped>,
+    unacked: Unacked,
     /// Locks and slots that are held as long as the connection lives, by their tokens.
     bonds: HashMap<u64, Claim>,
     reply_mode: ReplyMode,
@@ -138,7 +138,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             output_size: 0,
             written: 0,
             holds: VecDeque::new(),
-            popped: Vec::new(),
+            unacked: Unacked::default(),
             bonds: HashMap::new(),
             reply_mode: ReplyMode::On,
             now: Instant::now(),
@@ -156,6 +156,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 self.closing = true;
             }
             self.now = Instant::now();
+            self.unacked.poll(context);
             // Looked at before its answer is, so that a client that is gone is not given what it waited for.
             if matches!(self.pending.front(), Some(Pending { answer: Answer::Waiting(_), .. })) {
                 if let Poll::Ready(Err(error)) = self.read(context) {
@@ -306,7 +307,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
 
     fn start(&mut self, words: &[Bytes]) {
         let protocol = self.context.protocol;
-        self.popped.drain(..).for_each(Popped::ack);
+        self.unacked.next();
         if self.authenticated
             && let Some(row) = words.first().and_then(|name| ordinary::find(name))
         {
@@ -318,7 +319,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                     return self.push(refusal.into());
                 }
                 let process = &self.process;
-                let answer = durable::start(rule, row, words, &process.limits, &process.dispatcher, self.asker);
+                let (limits, dispatcher) = (&process.limits, &process.dispatcher);
+                let answer = durable::start(rule, row, words, limits, dispatcher, self.asker, &self.unacked);
                 return self.push(answer);
             }
             let started = self.conversation.start(Request { row, words, raw: self.parser.raw(), protocol });
@@ -399,6 +401,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             Connection::Reply(mode) => return self.set_reply_mode(mode),
             Connection::Reset => self.reset(),
             Connection::Quit => {
+                self.unacked.quit();
                 self.closing = true;
                 Reply::OK
             }
@@ -491,7 +494,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         {
             for keep in holds {
                 match keep {
-                    Keep::Popped(popped) if popped.acked == Acked::Next => self.popped.push(popped),
+                    Keep::Popped(popped) => self.unacked.put(popped),
                     Keep::Grant(claim) if claim.is_bound() => drop(self.bonds.insert(claim.token(), claim)),
                     keep => keep.settle(),
                 }

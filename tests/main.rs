@@ -9,6 +9,8 @@ mod clients;
 mod conformance;
 /// What is under deploy/ fits this program and the programs that read it.
 mod deploy;
+/// Durable lists: killed workers and killed moves, the policies, and what is refused.
+mod durable;
 /// A shard fails in every way a server can: the others go on, and nothing needs a restart.
 mod faults;
 /// What a job costs does not depend on how many there are.
