@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use goflow::clock::UnixMs;
 use goflow::job::{JobRef, JobState, Lease, Name, Policy};
-use goflow::shard::{Action, Op, Outcome, Placed, Retention, Rules, Shard, Start};
+use goflow::shard::{Action, DeathGroup, DeathMark, Op, Outcome, Placed, Retention, Rules, Shard, Start};
 
 use crate::conformance::trial::{BEGIN, block_on, name};
 use crate::conformance::{Home, Keeper};
@@ -42,6 +42,7 @@ struct Author {
     leases: Vec<Lease>,
     seqs: Vec<u64>,
     retry_until: Option<UnixMs>,
+    deaths: Vec<DeathMark>,
 }
 
 impl Author {
@@ -53,6 +54,7 @@ impl Author {
             leases: Vec::new(),
             seqs: vec![1],
             retry_until: None,
+            deaths: Vec::new(),
         }
     }
 
@@ -92,7 +94,7 @@ impl Author {
             },
             55..64 => Action::Fail {
                 lease: self.lease(),
-                error: self.text(),
+                error: self.error(),
                 trace: self.text(),
                 retry_in: self.rng.random_bool(0.3).then(|| self.rng.random_range(0..500)),
                 dead: self.rng.random_bool(0.3),
@@ -112,8 +114,13 @@ impl Author {
                 offset: self.rng.random_range(0..4),
                 count: self.rng.random_range(0..30),
             },
-            84..86 => Action::Len { state: self.state() },
-            86..88 => Action::Stats,
+            84 => Action::Len { state: self.state() },
+            85 => Action::Outbox,
+            86 => Action::OutboxTold { channel: self.key("channel"), marks: self.marks() },
+            87 => match self.rng.random_bool(0.5) {
+                true => Action::OutboxSettle { marks: self.marks() },
+                false => Action::Stats,
+            },
             88 => Action::Pause { paused: self.rng.random_bool(0.3) },
             89 => Action::Purge { state: self.state() },
             90 => Action::DeadGet { job: self.job() },
@@ -160,6 +167,27 @@ impl Author {
         Bytes::from_static(texts.choose(&mut self.rng).unwrap())
     }
 
+    /// At times one of a kind that nothing else is like.
+    fn error(&mut self) -> Bytes {
+        match self.rng.random_bool(0.2) {
+            true => format!("kind {}", "y".repeat(self.rng.random_range(0..120))).into(),
+            false => self.text(),
+        }
+    }
+
+    /// Some of the groups that were seen last, at their counts or at others.
+    fn marks(&mut self) -> Vec<DeathMark> {
+        let deaths = self.deaths.clone();
+        let mut marks: Vec<DeathMark> =
+            (0..self.rng.random_range(0..5)).filter_map(|_| deaths.choose(&mut self.rng).cloned()).collect();
+        for mark in &mut marks {
+            if self.rng.random_bool(0.3) {
+                mark.count = self.rng.random_range(0..9);
+            }
+        }
+        marks
+    }
+
     fn key(&mut self, kind: &str) -> Bytes {
         format!("{kind}{}", self.rng.random_range(0..5)).into()
     }
@@ -191,6 +219,7 @@ impl Author {
             })),
             Outcome::Leased(deliveries) => self.leases.extend(deliveries.iter().map(|delivery| delivery.lease)),
             Outcome::Moved { next, .. } => self.retry_until = *next,
+            Outcome::Outbox { groups, .. } => self.deaths = groups.iter().map(DeathGroup::mark).collect(),
             _ => {}
         }
     }
@@ -258,6 +287,7 @@ impl Pair {
                 states.clone().map(|state| op(Action::Peek { state, offset: 0, count: 1000 })).collect();
             ops.extend(states.map(|state| op(Action::Len { state })));
             ops.push(op(Action::Stats));
+            ops.push(op(Action::Outbox));
             self.apply(at, &ops).await?;
         }
         Ok(())

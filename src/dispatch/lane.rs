@@ -26,6 +26,7 @@ use rand::Rng;
 use tokio::sync::{Notify, oneshot};
 
 use super::meter::Meter;
+use super::outboxes::Outboxes;
 use super::turnstile::Lines;
 use super::waiting::Ticket;
 use crate::error::{Code, Error, Happened, Result};
@@ -196,6 +197,8 @@ pub struct Lane {
     loads: DashMap<Name, u64, RandomState>,
     /// Who waits for the shard's locks and semaphores.
     pub lines: Lines,
+    /// The shard's queues with deaths to tell of.
+    pub outboxes: Outboxes,
     pub vitals: Vitals,
 }
 
@@ -223,6 +226,7 @@ impl Lane {
             room: Notify::new(),
             loads: DashMap::with_hasher(RandomState::default()),
             lines: Lines::default(),
+            outboxes: Outboxes::default(),
             vitals,
         })
     }
@@ -358,7 +362,11 @@ impl Lane {
         match &wake {
             Wake::Queue(_) => {}
             Wake::Freed(kind, name) => return self.lines.ring(*kind, name),
-            Wake::Missed => self.lines.ring_all(),
+            Wake::Deaths(queue) => return self.outboxes.woken(queue.clone()),
+            Wake::Missed => {
+                self.lines.ring_all();
+                self.outboxes.miss();
+            }
         }
         let mut mail = self.mail();
         match wake {
@@ -773,7 +781,8 @@ impl Line {
     }
 
     fn take_effect(&mut self, effect: Effect) {
-        let Effect { queue, ready, load, due_in } = effect;
+        let Effect { queue, ready, load, due_in, deaths } = effect;
+        self.lane.outboxes.note(&queue, deaths);
         match self.lane.loads.get_mut(&queue) {
             Some(mut known) => *known = load,
             None if self.lane.loads.len() < QUEUES_KEPT_MAX => {

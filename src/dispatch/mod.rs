@@ -5,6 +5,7 @@
 
 pub mod lane;
 pub mod meter;
+pub mod outboxes;
 pub mod router;
 pub mod sampler;
 pub mod turnstile;

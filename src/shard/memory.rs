@@ -67,6 +67,24 @@ impl Shard for Memory {
         Box::pin(std::future::ready(self.with(|state| state.stamp())))
     }
 
+    fn note<'a>(
+        &'a self,
+        role: &'static str,
+        _: &'a str,
+        name: &'a str,
+        text: Option<Bytes>,
+    ) -> BoxFuture<'a, Result<bool>> {
+        let noted = self.with(|state| {
+            state.note(role, name, text);
+            Ok(true)
+        });
+        Box::pin(std::future::ready(noted))
+    }
+
+    fn notes(&self, role: &'static str) -> BoxFuture<'_, Result<Vec<(String, Bytes)>>> {
+        Box::pin(std::future::ready(self.with(|state| state.notes(role))))
+    }
+
     fn keyspace(&self) -> super::Keyspace {
         super::Keyspace::Local(self.keys.clone())
     }
@@ -120,6 +138,8 @@ impl Rows for MapRows {
                     | (Table::Jobs, Key::Job(..))
                     | (Table::Uniques, Key::Unique(..))
                     | (Table::Objects, Key::Object(..))
+                    | (Table::Deaths, Key::Deaths(..))
+                    | (Table::Notes, Key::Note(..))
             )
         };
         self.0.iter().filter(|(key, _)| is_in(key)).try_for_each(|(key, row)| visit(key.clone(), row.clone()))

@@ -41,6 +41,9 @@
 //! - Jobs that are over are kept for [`Retention`], in the order in which they ended; before and after the ops of a queue
 //!   at most [`BULK_JOBS_MAX`] go from the front: what is too many, or ended `age_ms` ago. Their chosen id answers `Held`
 //!   until then.
+//! - Each death is counted in the queue's *outbox*, for those who are to be told of it: deaths of one type and one
+//!   fingerprint ([`fingerprint`]) are one [`DeathGroup`], at most [`OUTBOX_GROUPS_MAX`] a queue; what is more is in
+//!   the group [`OTHER_DEATHS`]. A group is born with its first death and only counts up, until it is settled.
 //!
 //! Everything random (lease tokens) comes in with the op and all time is the shard's, so the same ops at the same times
 //! give the same outcomes on every implementation.
@@ -59,6 +62,7 @@ use crate::resp::reply::{Protocol, Reply};
 pub mod embedded;
 pub mod keys;
 pub mod memory;
+mod outbox;
 pub mod redis;
 pub mod state;
 
@@ -68,6 +72,8 @@ pub const TICK_JOBS_MAX: usize = 1_000;
 pub const BULK_JOBS_MAX: usize = 1_000;
 /// Most jobs in one page of PEEK or DLQ LIST.
 pub const PAGE_JOBS_MAX: usize = 1_000;
+
+pub use outbox::{DeathGroup, DeathMark, OTHER_DEATHS, OUTBOX_CHANNELS_MAX, OUTBOX_GROUPS_MAX, fingerprint};
 
 /// How long and how many jobs that are over are kept, per queue and shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -181,6 +187,13 @@ pub enum Action {
     DeadDelete { jobs: Vec<JobRef> },
     /// Moves what has fallen due and trims what is kept; nothing else. [`Outcome::Done`]
     Tick,
+    /// The groups of deaths in the outbox, by their keys. [`Outcome::Outbox`]
+    Outbox,
+    /// So many deaths of each group were told on a channel; what was told before, and what the group does not count, is
+    /// passed over. [`Outcome::Done`]
+    OutboxTold { channel: Bytes, marks: Vec<DeathMark> },
+    /// Takes the groups out that have exactly these deaths; one that has more stays. [`Outcome::Done`]
+    OutboxSettle { marks: Vec<DeathMark> },
     /// On a lock or semaphore instead of a queue; it has no [`Effect`].
     Keyed { kind: Keyed, deed: Deed },
 }
@@ -234,6 +247,11 @@ pub enum Outcome {
     Job(Option<Box<JobView>>),
     Jobs(Vec<JobView>),
     Stats(Box<Stats>),
+    /// The groups, and the shard's clock.
+    Outbox {
+        groups: Vec<DeathGroup>,
+        now: UnixMs,
+    },
     /// `count` were moved; `next` is set while there may be more: the `until` to go on with (a PURGE ignores it).
     Moved {
         count: u64,
@@ -266,6 +284,8 @@ pub struct Effect {
     pub load: u64,
     /// Until something in this queue falls due (a lease end, a due time, a ttl), from now; `None`: nothing will.
     pub due_in: Option<Millis>,
+    /// Deaths that the groups in the outbox count after the batch.
+    pub deaths: u64,
 }
 
 /// The answer to one batch: an outcome for each op in the same order, and the effects. An op that fails alone fails in
@@ -298,6 +318,8 @@ pub struct Health {
 pub enum Wake {
     /// The queue stopped being empty.
     Queue(Name),
+    /// The queue's outbox stopped being empty.
+    Deaths(Name),
     /// A holder let go of an object for which somebody waited.
     Freed(Keyed, Name),
     /// Wake-ups may have been missed: every queue counts as not empty and every object as free.
@@ -337,6 +359,19 @@ pub trait Shard: Send + Sync + 'static {
         let _ = (role, holder, for_ms);
         Box::pin(async { Ok(true) })
     }
+
+    /// Keeps a note of a role for whoever has it next, or removes it; false, and nothing is done, when `holder` has not the
+    /// role now. Notes are as durable as jobs are.
+    fn note<'a>(
+        &'a self,
+        role: &'static str,
+        holder: &'a str,
+        name: &'a str,
+        text: Option<Bytes>,
+    ) -> BoxFuture<'a, Result<bool>>;
+
+    /// The notes of a role, by their names.
+    fn notes(&self, role: &'static str) -> BoxFuture<'_, Result<Vec<(String, Bytes)>>>;
 
     /// What takes the shard's ordinary commands.
     fn keyspace(&self) -> Keyspace {

@@ -8,6 +8,7 @@
 //! State   the queues by name, and the stamp                       state.rs
 //!  ├ Objects  the locks and semaphores by name                    keyed.rs
 //!  └ Turn   one queue's part of a batch: take, transition, put     turn.rs, its actions in ops.rs
+//!     ├ the outbox of the dead                                        outbox.rs
 //!     ├ Queue  orders, keys and counters of a queue, in memory      queue.rs, the ready ones in line.rs
 //!     ├ Job    header, detail, record                               job.rs
 //!     └ Rows   what is kept                                         rows.rs
@@ -26,12 +27,13 @@ use std::collections::hash_map::Entry;
 use crate::clock::UnixMs;
 use crate::error::{Error, Result};
 use crate::job::Name;
-use crate::shard::{Action, Applied, Op, Rules, Stamp};
+use crate::shard::{Action, Applied, DeathGroup, Op, Rules, Stamp};
 
 mod job;
 mod keyed;
 mod line;
 mod ops;
+mod outbox;
 mod queue;
 pub mod rows;
 mod turn;
@@ -87,6 +89,15 @@ impl<R: Rows> State<R> {
         })?;
         rows.each(Table::Records, &mut |key, row| match key {
             Key::Record(number, seq) => queue_of(number, &mut |queue| load_record(queue, seq, &row)),
+            _ => Ok(()),
+        })?;
+        rows.each(Table::Deaths, &mut |key, row| match key {
+            Key::Deaths(number, key) => queue_of(number, &mut |queue| {
+                let group = DeathGroup::decode(key.clone(), row.clone());
+                queue.deaths += group.ok_or_else(|| broken("a group of deaths cannot be read"))?.count;
+                queue.outbox.insert(key.clone());
+                Ok(())
+            }),
             _ => Ok(()),
         })?;
         let mut objects = Objects::default();
@@ -162,6 +173,30 @@ impl<R: Rows> State<R> {
         }
         self.rows.put(Key::Stamp, encode_stamp(stamp));
         Ok(())
+    }
+
+    /// Keeps a note of a role, or removes it.
+    pub fn note(&mut self, role: &str, name: &str, text: Option<Bytes>) {
+        let key = Key::Note(role.into(), name.into());
+        match text {
+            Some(text) => self.rows.put(key, text),
+            None => self.rows.delete(key),
+        }
+    }
+
+    /// The notes of a role, by their names.
+    pub fn notes(&self, role: &str) -> Result<Vec<(String, Bytes)>> {
+        let mut notes = Vec::new();
+        self.rows.each(Table::Notes, &mut |key, row| {
+            if let Key::Note(of, name) = key
+                && *of == *role
+            {
+                notes.push((name.into(), row));
+            }
+            Ok(())
+        })?;
+        notes.sort_unstable();
+        Ok(notes)
     }
 
     pub fn rows_mut(&mut self) -> &mut R {

@@ -12,6 +12,7 @@ pub mod keyguard;
 mod keys;
 mod life;
 mod locks;
+mod outbox;
 mod pages;
 mod servers;
 mod time;

@@ -4,13 +4,22 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::trial::Home;
-use super::{Case, dead, delivery, keys, life, locks, pages, run, time, verdicts};
+use super::{Case, dead, delivery, keys, life, locks, outbox, pages, run, time, verdicts};
 use crate::support::servers::{Cluster, Flavour};
 
 fn suite() -> impl Iterator<Item = &'static Case> {
-    [delivery::CASES, verdicts::CASES, time::CASES, keys::CASES, dead::CASES, pages::CASES, life::CASES, locks::CASES]
-        .into_iter()
-        .flatten()
+    let files = [
+        delivery::CASES,
+        verdicts::CASES,
+        time::CASES,
+        keys::CASES,
+        dead::CASES,
+        outbox::CASES,
+        pages::CASES,
+        life::CASES,
+        locks::CASES,
+    ];
+    files.into_iter().flatten()
 }
 
 /// Runs every case on an empty shard of this kind and names those that failed.

@@ -15,7 +15,8 @@ use crate::clock::UnixMs;
 use crate::error::{Error, Result};
 use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Spec, TEXT_BYTES_MAX};
 use crate::shard::{
-    Action, BULK_JOBS_MAX, Deed, Effect, Keyed, Op, Outcome, PAGE_JOBS_MAX, Placed, Rules, Start, Stats, TICK_JOBS_MAX,
+    Action, BULK_JOBS_MAX, DeathGroup, DeathMark, Deed, Effect, Keyed, Op, Outcome, PAGE_JOBS_MAX, Placed, Rules,
+    Start, Stats, TICK_JOBS_MAX,
 };
 
 /// Numbers of 6 bytes are below this.
@@ -87,6 +88,9 @@ pub fn is_repeatable(action: &Action) -> bool {
             | Action::Pause { .. }
             | Action::DeadGet { .. }
             | Action::Tick
+            | Action::Outbox
+            | Action::OutboxTold { .. }
+            | Action::OutboxSettle { .. }
             | Action::Keyed { deed: Deed::Acquire { .. } | Deed::Renew { .. } | Deed::Show, .. }
     )
 }
@@ -246,6 +250,7 @@ impl Part {
         let mut runs = list(answer.next()?)?.into_iter();
         let (ready, load, due, now) =
             (int(&answer.next()?)?, int(&answer.next()?)?, int(&answer.next()?)?, int(&answer.next()?)? as u64);
+        let deaths = int(&answer.next()?)? as u64;
         let mut outcomes: Vec<Outcome> =
             (0..self.places.len()).map(|own| outcome_of_nothing(self.action(ops, own))).collect();
         for run in &self.runs {
@@ -284,6 +289,7 @@ impl Part {
             ready: ready as u64,
             load: load as u64,
             due_in: u64::try_from(due).ok(),
+            deaths,
         };
         Some((outcomes, Some(effect)))
     }
@@ -457,6 +463,16 @@ fn put_refs(command: &mut Cmd, scratch: &mut BytesMut, op: &str, jobs: &[JobRef]
     jobs.iter().for_each(|job| put_ref(command, scratch, job));
 }
 
+fn put_marks(command: &mut Cmd, scratch: &mut BytesMut, marks: &[DeathMark]) {
+    command.arg(marks.len());
+    for mark in marks {
+        scratch.clear();
+        put_short(scratch, mark.born);
+        put_short(scratch, mark.count);
+        command.arg(&mark.key[..]).arg(&scratch[..]);
+    }
+}
+
 /// An op that the script does alone: its letter and its arguments.
 fn put_one(command: &mut Cmd, scratch: &mut BytesMut, action: &Action) {
     if let Action::Fail { lease, .. }
@@ -516,6 +532,17 @@ fn put_one(command: &mut Cmd, scratch: &mut BytesMut, action: &Action) {
                 Some(until) => command.arg(*until.min(&SHORT_MAX)),
                 None => command.arg("-1"),
             };
+        }
+        Action::Outbox => {
+            command.arg("o");
+        }
+        Action::OutboxTold { channel, marks } => {
+            command.arg("T").arg(cut(channel));
+            put_marks(command, scratch, marks);
+        }
+        Action::OutboxSettle { marks } => {
+            command.arg("F");
+            put_marks(command, scratch, marks);
         }
         Action::Tick | Action::Enqueue { .. } | Action::Lease { .. } | Action::Ack { .. } | Action::Keyed { .. } => {
             command.arg("t");
@@ -655,6 +682,16 @@ fn read_one(action: &Action, value: Value, now: UnixMs) -> Option<Outcome> {
         (Action::Job { .. } | Action::DeadGet { .. }, Value::Nil) => Outcome::Job(None),
         (Action::Job { .. } | Action::DeadGet { .. }, value) => Outcome::Job(Some(Box::new(read_view(value)?))),
         (Action::Peek { .. }, value) => Outcome::Jobs(list(value)?.into_iter().map(read_view).collect::<Option<_>>()?),
+        (Action::Outbox, value) => {
+            let mut rows = list(value)?.into_iter();
+            let mut groups = Vec::new();
+            while let Some(key) = rows.next() {
+                groups.push(DeathGroup::decode(text(key)?, text(rows.next()?)?)?);
+            }
+            // A hash has no order.
+            groups.sort_unstable_by(|one, other| one.key.cmp(&other.key));
+            Outcome::Outbox { groups, now }
+        }
         (Action::Stats, value) => Outcome::Stats(Box::new(read_stats(value, now)?)),
         (Action::Purge { .. } | Action::DeadRetryAll { .. }, value) => {
             let moved = list(value)?;

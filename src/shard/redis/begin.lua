@@ -14,7 +14,8 @@
 --   scheduled, leased, expiring, dead      zsets of seqs by due time, lease end, end of ttl, time of death
 --   held       hash     "i" id -> seq; "u" unique key -> seq and the time until which it is held (0: no end)
 --   completed, cancelled, expired          lists of the seqs that are kept, oldest first
--- ARGV: the header, then the ops. The answer: {outcomes, ready, load, due (-1: nothing), now}.
+--   outbox     hash     key of a group of deaths -> its row, as `src/shard/outbox.rs` lays it out
+-- ARGV: the header, then the ops. The answer: {outcomes, ready, load, due (-1: nothing), now, deaths}.
 --
 -- A seq is 6 bytes big-endian, so that members of one score sort by number. A state record:
 --   1 state: R ready in the list, r ready in `ranked`, S scheduled, L leased, D dead, C completed, X cancelled, E expired
@@ -29,7 +30,9 @@ local pack, parse = struct.pack, struct.unpack
 local spread = table.unpack or unpack
 local META, JOBS, STATE, READY, RANKED, SCHEDULED, LEASED = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local EXPIRING, DEAD, HELD, COMPLETED, CANCELLED, EXPIRED = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12], KEYS[13]
-local META_FORMAT = '<dddddddddddddddddddddddddd'
+local OUTBOX = KEYS[14]
+local META_FORMAT = '<ddddddddddddddddddddddddddd'
+local META_BYTES = 216
 local TIME_MAX = 281474976710655 -- what 6 bytes hold
 local NOBODY = '\0\0\0\0\0\0'
 
@@ -76,12 +79,14 @@ local function fetch(key, fields)
   return values
 end
 
-local meta_was = call('GET', META) or string.rep('\0', 208)
+local meta_was = call('GET', META) or ''
 local M
 do
   local seq, paused, ready, scheduled, leased, dead, completed_kept, cancelled_kept, expired_kept, enqueued, delivered,
-    completed, failed, lapsed, released, died, redriven, cancelled, expired, ranked, odd, ttl, held, ended, keep_until, due =
-    parse(META_FORMAT, meta_was)
+    completed, failed, lapsed, released, died, redriven, cancelled, expired, ranked, odd, ttl, held, ended, keep_until, due,
+    deaths =
+    -- Shorter where an older version wrote it; what it did not know is 0.
+    parse(META_FORMAT, #meta_was < META_BYTES and meta_was .. string.rep('\0', META_BYTES - #meta_was) or meta_was)
   M = {
     seq = seq, paused = paused, ready = ready, scheduled = scheduled, leased = leased, dead = dead,
     completed_kept = completed_kept, cancelled_kept = cancelled_kept, expired_kept = expired_kept,
@@ -94,9 +99,11 @@ do
     ended = ended, -- counts what was put on the lists of the kept, so that the three have one order
     keep_until = keep_until, -- no kept job is too old before this
     due = due, -- when the next thing falls due; 0 for never
+    deaths = deaths, -- that the groups in the outbox count
   }
 end
 local ready_was = M.paused == 0 and M.ready or 0
+local deaths_was = M.deaths
 local at = 2 -- the next argument
 local shed = false -- the list `ready` has got a ghost
 local rules -- what rules.lua makes, once it is needed

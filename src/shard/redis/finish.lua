@@ -44,6 +44,10 @@ if shed then
   rules.shed_ghosts()
 end
 
+if rules then
+  rules.write_deaths()
+end
+
 local due = 0
 local function see(key, count)
   if count > 0 then
@@ -60,7 +64,7 @@ M.due = due
 
 local meta_is = pack(META_FORMAT, M.seq, M.paused, M.ready, M.scheduled, M.leased, M.dead, M.completed_kept, M.cancelled_kept,
   M.expired_kept, M.enqueued, M.delivered, M.completed, M.failed, M.lapsed, M.released, M.died, M.redriven, M.cancelled,
-  M.expired, M.ranked, M.odd, M.ttl, M.held, M.ended, M.keep_until, M.due)
+  M.expired, M.ranked, M.odd, M.ttl, M.held, M.ended, M.keep_until, M.due, M.deaths)
 if meta_is ~= meta_was then
   call('SET', META, meta_is)
 end
@@ -70,4 +74,8 @@ if ready_was == 0 and ready > 0 then
   local channel, queue = parse('>I2c0I2c0', ARGV[1], 27)
   call('PUBLISH', channel, queue)
 end
-return {outcomes, ready, M.ready + M.leased + M.scheduled, due == 0 and -1 or math.max(due - now, 0), now}
+if deaths_was == 0 and M.deaths > 0 then
+  local channel, queue = parse('>I2c0I2c0', ARGV[1], 27)
+  call('PUBLISH', channel, '*' .. queue)
+end
+return {outcomes, ready, M.ready + M.leased + M.scheduled, due == 0 and -1 or math.max(due - now, 0), now, M.deaths}

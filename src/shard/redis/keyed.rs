@@ -31,9 +31,13 @@ pub fn read_wake(message: &[u8]) -> Wake {
         let name = message.strip_prefix(&[mark(kind) as u8])?;
         Some(Wake::Freed(kind, Name::parse(name).ok()?))
     };
+    let deaths = || Some(Wake::Deaths(Name::parse(message.strip_prefix(b"*")?).ok()?));
     match Name::parse(message) {
         Ok(queue) => Wake::Queue(queue),
-        Err(_) => freed(Keyed::Lock).or_else(|| freed(Keyed::Semaphore)).unwrap_or(Wake::Missed),
+        Err(_) => {
+            let known = deaths().or_else(|| freed(Keyed::Lock)).or_else(|| freed(Keyed::Semaphore));
+            known.unwrap_or(Wake::Missed)
+        }
     }
 }
 

@@ -20,6 +20,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, LazyLock, Mutex as SyncMutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use foldhash::fast::RandomState;
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
@@ -32,7 +33,7 @@ use crate::error::{Code, Error, Happened, Result};
 use crate::job::Name;
 
 /// The keys of a queue, by what follows their tag; in the order of the script's `KEYS`.
-const QUEUE_KEYS: [&str; 13] = [
+const QUEUE_KEYS: [&str; 14] = [
     "meta",
     "jobs",
     "state",
@@ -46,6 +47,7 @@ const QUEUE_KEYS: [&str; 13] = [
     "completed",
     "cancelled",
     "expired",
+    "outbox",
 ];
 
 /// The script of a queue. Locks and semaphores have their own ([`keyed`]).
@@ -99,6 +101,14 @@ impl Keys {
         match &self.partition {
             None => format!("goflow:{what}"),
             Some(partition) => format!("goflow:{{{partition}}}:{what}"),
+        }
+    }
+
+    /// The notes of a role, in the slot of the role's own key.
+    fn notes(&self, role: &str) -> String {
+        match &self.partition {
+            None => format!("goflow:{{{}}}:notes", self.of_shard(role)),
+            Some(_) => self.of_shard(role) + ":notes",
         }
     }
 
@@ -376,6 +386,20 @@ impl Shard for Redis {
     fn lead(&self, role: &'static str, holder: &str, for_ms: Millis) -> BoxFuture<'_, Result<bool>> {
         let holder = holder.to_owned();
         Box::pin(async move { self.ask_for_role(role, &holder, for_ms).await })
+    }
+
+    fn note<'a>(
+        &'a self,
+        role: &'static str,
+        holder: &'a str,
+        name: &'a str,
+        text: Option<Bytes>,
+    ) -> BoxFuture<'a, Result<bool>> {
+        Box::pin(self.keep_note(role, holder, name, text))
+    }
+
+    fn notes(&self, role: &'static str) -> BoxFuture<'_, Result<Vec<(String, Bytes)>>> {
+        Box::pin(self.read_notes(role))
     }
 
     fn keyspace(&self) -> Keyspace {

@@ -192,11 +192,99 @@ function make_rules()
     make_over(it, 'E')
   end
 
+  ------------------------------------------------------------------------------------------------ the outbox of deaths
+
+  local GROUPS_MAX, CHANNELS_MAX, OTHERS = 64, 64, '\255' -- as in `src/shard/outbox.rs`
+  local groups, others = {}, nil -- the groups that were looked at, and how many there are beside that of the others
+
+  local function is_number(word)
+    return (string.find(word, '[0-9]') or #word >= 4 and not string.find(word, '[^a-fA-F]')) and '#' or nil
+  end
+
+  -- `fingerprint` of `src/shard/outbox.rs`.
+  local function fingerprint(message)
+    local line = string.match(sub(message, 1, 256), '^[^\r\n]*')
+    return sub((string.gsub(line, '[0-9A-Za-z]+', is_number)), 1, 100)
+  end
+
+  local function kind_of(it)
+    local position, kind, _ = it.tail, '', nil
+    if has(it, 2) then
+      _, position = parse('>I2c0', it.record, position)
+    end
+    if has(it, 4) then
+      _, _, position = parse('>I2c0I8', it.record, position)
+    end
+    if has(it, 8) then
+      _, _, position = parse('>I2c0I4', it.record, position)
+    end
+    if has(it, 1) then
+      kind = parse('>I2c0', it.record, position)
+    end
+    return kind
+  end
+
+  -- A group as it is now, or `false`. A changed one is written by `write_deaths`.
+  local function group_of(key)
+    local group = groups[key]
+    if group == nil then
+      local row = call('HGET', OUTBOX, key)
+      group = false
+      if row then
+        group = {}
+        group.count, group.last, group.first, group.born, group.told, group.job, group.error, group.rest =
+          parse('>I6I6I6I6I2c0I2c0I2c0', row)
+        group.worker = sub(row, group.rest)
+      end
+      groups[key] = group
+    end
+    return group
+  end
+
+  local function count_death(it)
+    local kind = kind_of(it)
+    local key = char(#kind) .. kind .. fingerprint(it.error)
+    local group = group_of(key)
+    if not group then
+      others = others or call('HLEN', OUTBOX) - call('HEXISTS', OUTBOX, OTHERS)
+      if others >= GROUPS_MAX then
+        key = OTHERS
+        group = group_of(key)
+      else
+        others = others + 1
+      end
+    end
+    if not group then
+      group = {count = 0, first = now, born = M.died, told = ''}
+      groups[key] = group
+    end
+    local id = keys_of(it)
+    group.count, group.last, group.changed = group.count + 1, now, true
+    group.job, group.error, group.worker = id and 'i' .. id or 's' .. it.job, sub(it.error, 1, 512), it.worker
+    M.deaths = M.deaths + 1
+  end
+
+  function rules.write_deaths()
+    local changed = {}
+    for key, group in pairs(groups) do
+      if group and group.changed then
+        changed[#changed + 1] = key
+        changed[#changed + 1] = pack('>I6I6I6I6I2c0I2c0I2c0', group.count, group.last, group.first, group.born,
+          #group.told, group.told, #group.job, group.job, #group.error, group.error) .. group.worker
+        group.changed = false
+      end
+    end
+    if #changed > 0 then
+      send('HSET', OUTBOX, changed)
+    end
+  end
+
   local function make_dead(it)
     free_key(it)
     it.state, it.time = 'D', now
     M.died = M.died + 1
     M.dead = M.dead + 1
+    count_death(it)
     call('ZADD', DEAD, text(now), it.job)
     save(it)
   end
@@ -788,7 +876,64 @@ function make_rules()
     return #gone
   end
 
+  local function outbox()
+    rules.write_deaths()
+    return M.deaths > 0 and call('HGETALL', OUTBOX) or {}
+  end
+
+  -- The marks of an op: keys, with born and count of each behind them.
+  local function each_mark(change)
+    for _ = 1, tonumber(arguments(1)) do
+      local key, mark = arguments(2)
+      local group = group_of(key)
+      if group and group.born == parse('>I6', mark) then
+        change(key, group, parse('>I6', mark, 7))
+      end
+    end
+    return 'O'
+  end
+
+  local function told()
+    local channel = arguments(1)
+    return each_mark(function(_, group, count)
+      local position, kept, channels, was = 1, {}, {}, nil
+      while position <= #group.told do
+        local known, number, after_it = parse('>I2c0I6', group.told, position)
+        kept[#kept + 1], channels[#channels + 1] = number, known
+        if known == channel then
+          was = #kept
+        end
+        position = after_it
+      end
+      count = math.min(count, group.count)
+      if count > (was and kept[was] or 0) then
+        if not was and #kept >= CHANNELS_MAX then
+          table.remove(kept, 1)
+          table.remove(channels, 1)
+        end
+        was = was or #kept + 1
+        kept[was], channels[was] = count, channel
+        for i = 1, #kept do
+          kept[i] = pack('>I2c0I6', #channels[i], channels[i], kept[i])
+        end
+        group.told, group.changed = table.concat(kept), true
+      end
+    end)
+  end
+
+  local function settle()
+    rules.write_deaths()
+    return each_mark(function(key, group, count)
+      if group.count == count then
+        call('HDEL', OUTBOX, key)
+        groups[key], others = nil, nil
+        M.deaths = M.deaths - count
+      end
+    end)
+  end
+
   rules.ops = {
+    o = outbox, T = told, F = settle,
     E = enqueue, f = fail, r = release, x = extend, p = progress, c = cancel, j = look, g = look_dead, k = peek, s = stats,
     P = pause, u = purge, R = dead_retry, A = dead_retry_all, D = dead_delete,
     n = function() return count_of(arguments(1)) end,

@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 
+use bytes::Bytes;
 use redis::{Cmd, Value};
 
 use super::Redis;
+use super::batch::text;
 use super::connect::{Failure, judge};
 use crate::clock::Millis;
 use crate::error::{Code, Error, Result};
@@ -35,6 +37,14 @@ const LEAD: &str = "\
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1";
+
+/// Keeps a note of a role, or removes it where there is no text, if the role is the asker's.
+///
+/// KEYS: role, its notes. ARGV: holder, name, and the text if there is one. Answers 1 when it was done.
+const NOTE: &str = "\
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+if ARGV[3] then redis.call('HSET', KEYS[2], ARGV[2], ARGV[3]) else redis.call('HDEL', KEYS[2], ARGV[2]) end
 return 1";
 
 impl Redis {
@@ -124,6 +134,33 @@ impl Redis {
         Ok(self.ask(lead).await? == Value::Int(1))
     }
 
+    pub(super) async fn keep_note(&self, role: &str, holder: &str, name: &str, text: Option<Bytes>) -> Result<bool> {
+        let mut note = redis::cmd("EVAL");
+        note.arg(NOTE).arg(2).arg(self.keys.of_shard(role)).arg(self.keys.notes(role));
+        note.arg(holder).arg(name);
+        if let Some(text) = text {
+            note.arg(&text[..]);
+        }
+        Ok(self.ask(note).await? == Value::Int(1))
+    }
+
+    pub(super) async fn read_notes(&self, role: &str) -> Result<Vec<(String, Bytes)>> {
+        let mut all = redis::cmd("HGETALL");
+        all.arg(self.keys.notes(role));
+        let fields = match self.ask(all).await? {
+            Value::Map(pairs) => pairs,
+            Value::Array(flat) => {
+                let mut flat = flat.into_iter();
+                std::iter::from_fn(|| flat.next().zip(flat.next())).collect()
+            }
+            _ => Vec::new(),
+        };
+        let mut notes: Vec<(String, Bytes)> =
+            fields.into_iter().filter_map(|(name, note)| Some((note_name(name)?, text(note)?))).collect();
+        notes.sort_unstable();
+        Ok(notes)
+    }
+
     pub(super) async fn read_health(&self) -> Result<Health> {
         let text = self.ask_text(redis::cmd("INFO")).await?;
         let mut settings = HashMap::new();
@@ -156,6 +193,10 @@ impl Redis {
             _ => Err(Failure::unreadable(&self.name).into_error(&self.name)),
         }
     }
+}
+
+fn note_name(value: Value) -> Option<String> {
+    String::from_utf8(text(value)?.to_vec()).ok()
 }
 
 /// A stamp from its four fields; `None` where they are not there.

@@ -63,6 +63,9 @@ impl<R: Rows> Turn<'_, R> {
             Action::DeadRetry { jobs } => self.dead_retry(&jobs),
             Action::DeadRetryAll { until } => self.dead_retry_all(until.unwrap_or(self.now)),
             Action::DeadDelete { jobs } => self.dead_delete(&jobs),
+            Action::Outbox => self.outbox(),
+            Action::OutboxTold { channel, marks } => self.outbox_told(&channel, &marks),
+            Action::OutboxSettle { marks } => self.outbox_settle(&marks),
             // An object is no part of a queue: it never comes here.
             Action::Tick | Action::Keyed { .. } => Ok(Outcome::Done),
         }

@@ -4,7 +4,7 @@
 //! change of a job's state, is `turn.rs`.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
 use super::job::{Job, broken};
 use super::line::{Dense, Line};
@@ -78,6 +78,9 @@ pub struct Queue {
     over: [VecDeque<(u64, u64)>; 3],
     pub ids: Map<Box<[u8]>, u64>,
     pub unique: Map<Bytes, Hold>,
+    /// The keys of the groups in the outbox, and all the deaths that they count.
+    pub outbox: HashSet<Bytes, foldhash::fast::RandomState>,
+    pub deaths: u64,
     /// The counters have changed since they were last written.
     pub is_dirty: bool,
     /// The batch that is being applied has touched the queue.
@@ -105,6 +108,8 @@ impl Queue {
             over: Default::default(),
             ids: Map::default(),
             unique: Map::default(),
+            outbox: HashSet::default(),
+            deaths: 0,
             is_dirty: false,
             is_open: false,
             is_stored: false,

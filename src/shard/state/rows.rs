@@ -25,6 +25,10 @@ pub enum Key {
     Unique(u32, Bytes),
     /// Who holds a lock or semaphore, and a lock's fence.
     Object(Keyed, Name),
+    /// A group of deaths in the outbox of a queue, by its key.
+    Deaths(u32, Bytes),
+    /// What the holder of a role keeps for the next: the role, and the name of the note.
+    Note(Box<str>, Box<str>),
 }
 
 /// The kinds of rows that are read as a whole when a state is rebuilt.
@@ -35,6 +39,8 @@ pub enum Table {
     Jobs,
     Uniques,
     Objects,
+    Deaths,
+    Notes,
 }
 
 /// Called with each row of a table.

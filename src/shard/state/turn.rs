@@ -78,6 +78,7 @@ impl<R: Rows> Turn<'_, R> {
             ready: if self.queue.is_paused { 0 } else { ready },
             load: ready + self.queue.count(JobState::Leased) + self.queue.count(JobState::Scheduled),
             due_in: self.queue.due_at().map(|at| at.saturating_sub(self.now)),
+            deaths: self.queue.deaths,
         })
     }
 
@@ -150,6 +151,9 @@ impl<R: Rows> Turn<'_, R> {
             Cause::Due | Cause::Lease | Cause::Redrive | Cause::Cancel | Cause::Ttl => job.last = Last::Nothing,
         }
         self.count(cause, job.state);
+        if job.state == JobState::Dead {
+            self.count_death(seq, &job)?;
+        }
         if job.has(flag::UNIQUE) && (job.state.is_over() || job.state == JobState::Dead) {
             self.free_unique(seq)?;
         }
