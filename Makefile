@@ -3,11 +3,12 @@
 # lint   formatting and lints alone
 # soak   the model test, the recovery, loss and fleet tests, long; placement, waiting, flat cost and ordinary commands at full size
 # bench  the load generator against a server of its own
+# speed  what a job costs in every shape, beside beanstalkd where that is installed: medians of five
 
 CARGO ?= cargo
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: run test lint soak bench tools
+.PHONY: run test lint soak bench speed tools
 
 run:
 	$(CARGO) run --release -- serve
@@ -36,6 +37,10 @@ soak:
 
 bench:
 	$(CARGO) run --release -- bench
+
+speed:
+	$(CARGO) build --release
+	benches/speed.py $(TARGET)/release/goflow
 
 tools:
 	@for tool in redis-server redis-cli setpriv node gcc promtool haproxy systemd-analyze; do \

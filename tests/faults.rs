@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::eventually;
 use crate::support::fleet::{Fleet, per_shard};
 use crate::support::goflow::Goflow;
-use crate::support::servers::{Flavour, Server};
+use crate::support::servers::{Flavour, Sentinels, Server};
 use crate::support::wire::{Value, Wire};
 
 fn ok() -> Value {
@@ -264,4 +264,41 @@ fn an_answer_that_was_lost_is_safe_to_ask_for_again() {
     });
     assert_eq!(again, Value::Integer(1));
     assert_eq!(wire.try_read(Duration::from_millis(1)), Err(crate::support::wire::NoReply::TimedOut));
+}
+
+#[test]
+fn a_master_that_is_replaced_by_its_replica() {
+    let mut trio = Sentinels::start(Flavour::Redis7, 1);
+    let mut goflow = Goflow::start(&["--shard", &format!("s0={}", trio.url())]);
+    goflow.expect_log("shard");
+    let mut wire = goflow.wire();
+    let fence = wire.say("GOFLOW.LOCK ACQUIRE only 60000").items()[1].integer();
+    let mut ids: Vec<String> = (0..100).map(|n| wire.say(&format!("GOFLOW.ENQUEUE main job{n}")).text()).collect();
+    let held = wire.say("GOFLOW.DEQUEUE main LEASE 600000");
+    // Replication is asynchronous: the promise is for what the replica has.
+    assert_eq!(trio.master.wire().say("WAIT 1 0"), Value::Integer(1));
+    let mut waiter = goflow.wire();
+    waiter.send(&["GOFLOW.DEQUEUE", "later", "BLOCK", "0"]);
+    trio.master.kill();
+    let receipt = held.field("receipt").text();
+    eventually!(
+        "the lease is acked on the new master",
+        (wire.call(&["GOFLOW.ACK", "main", &receipt]) == Value::Integer(1)).then_some(())
+    );
+    ids.retain(|id| *id != held.field("id").text());
+    let mut delivered: Vec<String> = (0..99)
+        .map(|_| {
+            let job = wire.say("GOFLOW.DEQUEUE main");
+            assert_eq!(wire.call(&["GOFLOW.ACK", "main", &job.field("receipt").text()]), Value::Integer(1));
+            job.field("id").text()
+        })
+        .collect();
+    delivered.sort();
+    ids.sort();
+    assert_eq!(delivered, ids);
+    assert!(matches!(wire.say("GOFLOW.ENQUEUE later x"), Value::Bulk(_)));
+    assert_eq!(waiter.read().field("payload").text(), "x");
+    assert_eq!(wire.say("GOFLOW.LOCK ACQUIRE only 1000"), Value::Null, "the lock is still held");
+    let info = wire.say("GOFLOW.LOCK INFO only");
+    assert_eq!(info.field("fence").integer(), fence);
 }

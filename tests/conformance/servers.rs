@@ -1,11 +1,11 @@
-//! The whole set of cases on the other servers: Redis 6.2, Valkey 9, and partitions of a Redis Cluster.
+//! The whole set of cases on the other servers: Redis 6.2, Valkey 9, partitions of a Redis Cluster, a master behind Sentinels.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::trial::Home;
 use super::{Case, dead, delivery, keys, life, locks, outbox, pages, run, time, verdicts};
-use crate::support::servers::{Cluster, Flavour};
+use crate::support::servers::{Cluster, Flavour, Sentinels};
 
 fn suite() -> impl Iterator<Item = &'static Case> {
     let files = [
@@ -44,4 +44,9 @@ fn every_case_holds_on_each_partition_of_a_cluster() {
     let cluster = Arc::new(Cluster::start(Flavour::Redis7));
     // With three partitions or more, each of the three masters has been asked.
     run_suite(&Home::Cluster(cluster, 4));
+}
+
+#[test]
+fn every_case_holds_behind_sentinels() {
+    run_suite(&Home::Sentinels(Arc::new(Sentinels::start(Flavour::Redis7, 1))));
 }

@@ -16,7 +16,7 @@ use goflow::shard::{Action, Effect, Op, Outcome, Placed, Rules, Shard, Start, St
 
 use super::keyguard::KeyGuard;
 use crate::support::scratch;
-use crate::support::servers::{Cluster, Flavour, Server};
+use crate::support::servers::{Cluster, Flavour, Sentinels, Server};
 use crate::support::wire::Value;
 
 /// When every trial begins.
@@ -33,6 +33,8 @@ pub enum Home {
     Server(Flavour),
     /// One of so many partitions of a cluster, another for each keeper.
     Cluster(Arc<Cluster>, u32),
+    /// The master that Sentinels name, emptied for each keeper.
+    Sentinels(Arc<Sentinels>),
 }
 
 /// Opens shards of one kind. What it opened before is there again, except in memory.
@@ -54,9 +56,10 @@ impl Keeper {
         let mut partition = 0;
         if let Home::Cluster(cluster, partitions) = &home {
             partition = KEEPERS.fetch_add(1, Ordering::Relaxed) % partitions;
-            for node in &cluster.nodes {
-                assert_eq!(node.wire().say("FLUSHALL"), Value::Simple("OK".into()));
-            }
+            cluster.nodes.iter().for_each(flush);
+        }
+        if let Home::Sentinels(trio) = &home {
+            flush(&trio.master);
         }
         let keeper = Keeper { home, dir: scratch(), server, guards: Mutex::default(), partition };
         let guards = keeper.servers().iter().map(|server| KeyGuard::watch(server)).collect();
@@ -66,6 +69,7 @@ impl Keeper {
     fn servers(&self) -> Vec<&Server> {
         match &self.home {
             Home::Cluster(cluster, _) => cluster.nodes.iter().collect(),
+            Home::Sentinels(trio) => vec![&trio.master],
             _ => self.server.iter().collect(),
         }
     }
@@ -83,6 +87,7 @@ impl Keeper {
                 let url = cluster.url(*partitions);
                 Arc::new(Redis::connect(&url, &format!("c/{}", self.partition), rules).await.unwrap())
             }
+            (Home::Sentinels(trio), _) => Arc::new(Redis::connect(&trio.url(), "s1", rules).await.unwrap()),
             _ => Arc::new(Memory::new(rules)),
         }
     }
@@ -108,6 +113,10 @@ impl Keeper {
     pub fn check(&self) -> usize {
         self.guards.lock().unwrap().iter_mut().map(KeyGuard::check).sum()
     }
+}
+
+fn flush(server: &Server) {
+    assert_eq!(server.wire().say("FLUSHALL"), Value::Simple("OK".into()));
 }
 
 pub fn block_on<T>(future: impl Future<Output = T>) -> T {

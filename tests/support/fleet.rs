@@ -23,8 +23,8 @@ impl Fleet {
     }
 
     /// Over shards that keep their jobs in memory alone.
-    pub fn start_plain(shards: usize, proxies: usize) -> Fleet {
-        Fleet::over((0..shards).map(|_| Server::start(Flavour::Redis7, &[])).collect(), proxies, &[], &[])
+    pub fn start_plain(shards: usize, proxies: usize, env: &[(&str, &str)]) -> Fleet {
+        Fleet::over((0..shards).map(|_| Server::start(Flavour::Redis7, &[])).collect(), proxies, &[], env)
     }
 
     /// Proxies over servers that stand.
