@@ -30,8 +30,8 @@ soak:
 	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 model:: recovery:: loss:: fleet::
 	GOFLOW_PATIENCE_S=3600 GOFLOW_PLACEMENT_JOBS=1000000 GOFLOW_PLACEMENT_IDS=1000000 \
 	  GOFLOW_WAITING_WORKERS=1000 GOFLOW_WAITING_JOBS=10000 GOFLOW_WAITING_IDLE_S=20 GOFLOW_WAITING_BOUNDS=1 \
-	  GOFLOW_FLAT_DEPTH=1000000 GOFLOW_FLAT_BOUNDS=1 \
-	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 routing:: waiting:: flat::
+	  GOFLOW_FLAT_DEPTH=1000000 GOFLOW_FLAT_BOUNDS=1 GOFLOW_SERIES_QUEUES=10000 \
+	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 routing:: waiting:: flat:: http::
 	GOFLOW_PATIENCE_S=3600 GOFLOW_DURABLE_KILLS=50 \
 	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 durable::
 

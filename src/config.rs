@@ -27,6 +27,10 @@ use crate::job::{Policy, is_shard_name};
 use crate::resp::request::{self, Bounds};
 use crate::shard::{Retention, Rules};
 
+mod webhook;
+
+pub use webhook::WebhookConfig;
+
 /// The variables of lists: their name and the setting that they replace as a whole.
 const LISTS: [(&str, &str); 2] = [("GOFLOW_SHARDS", "shard"), ("GOFLOW_AUTH_USER_FILES", "auth.user")];
 /// Names the file where no `--config` does.
@@ -63,6 +67,7 @@ pub struct Config {
     pub auth: AuthConfig,
     pub forward: ForwardConfig,
     pub list: Vec<ListConfig>,
+    pub webhook: Vec<WebhookConfig>,
     /// Never empty once loaded.
     pub shard: Vec<ShardConfig>,
 }
@@ -83,6 +88,7 @@ impl Default for Config {
             auth: AuthConfig::default(),
             forward: ForwardConfig::default(),
             list: Vec::new(),
+            webhook: Vec::new(),
             shard: Vec::new(),
         }
     }
@@ -693,10 +699,9 @@ impl Config {
         variables: impl IntoIterator<Item = (String, String)>,
         overrides: &[Override<'_>],
     ) -> Result<Config, ConfigError> {
-        let mut variables: Vec<(String, String)> = variables
-            .into_iter()
-            .filter(|(name, _)| name.starts_with("GOFLOW_") && !is_kubernetes_link(name))
-            .collect();
+        let (mut variables, others): (Vec<_>, Vec<_>) =
+            variables.into_iter().partition(|(name, _)| name.starts_with("GOFLOW_"));
+        variables.retain(|(name, _)| !is_kubernetes_link(name));
         variables.sort();
         let named = variables.iter().find(|(name, _)| name == FILE_VARIABLE).map(|(_, path)| PathBuf::from(path));
         let mut table = match file.map(Path::to_path_buf).or(named) {
@@ -719,7 +724,8 @@ impl Config {
                 _ => put(&mut table, flag, setting, value)?,
             }
         }
-        let config = Config::deserialize(table).map_err(|error| ConfigError(error.message().to_string()))?;
+        let mut config = Config::deserialize(table).map_err(|error| ConfigError(error.message().to_string()))?;
+        webhook::read_secrets(&mut config.webhook, &others)?;
         config.checked()
     }
 
@@ -731,6 +737,7 @@ impl Config {
         }
         self.check_shards()?;
         self.check_users()?;
+        self.hooks()?;
         let (limits, queue) = (&self.limits, &self.queue);
         let pairs = [
             ("queue.lease_ms", queue.lease_ms, "limits.lease_ms_max", limits.lease_ms_max),

@@ -92,6 +92,13 @@ impl Code {
         (Code::WrongType, "WRONGTYPE", "The key holds a value of another kind.", "Use a command of that kind."),
     ];
 
+    /// The code of an error reply in a server's own bytes; what we have no word for is `ERR`.
+    pub fn of_reply(reply: &[u8]) -> Code {
+        let word = reply.strip_prefix(b"-").and_then(|rest| rest.split(|byte| byte.is_ascii_whitespace()).next());
+        let known = Self::ALL.iter().find(|(_, known, ..)| Some(known.as_bytes()) == word);
+        known.map_or(Code::Err, |(code, ..)| *code)
+    }
+
     /// The word as it stands in a reply.
     pub fn word(self) -> &'static str {
         // `ALL` lists the variants in the order of their declaration; a test holds it to that.
@@ -148,6 +155,14 @@ impl std::error::Error for Error {}
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_code_of_a_servers_error_is_its_first_word_where_we_have_it() {
+        assert_eq!(Code::of_reply(b"-WRONGTYPE Operation against a key\r\n"), Code::WrongType);
+        assert_eq!(Code::of_reply(b"-NOPERM\r\n"), Code::NoPerm);
+        assert_eq!(Code::of_reply(b"-MOVED 1 a:1\r\n"), Code::Err);
+        assert_eq!(Code::of_reply(b""), Code::Err);
+    }
 
     #[test]
     fn every_code_stands_at_its_own_place_in_the_table() {

@@ -4,12 +4,13 @@
 //! | --- | --- |
 //! | `GET /metrics` | every metric, as Prometheus text or OpenMetrics |
 //! | `GET /healthz` | 200 while every runtime thread is alive, else 503 |
-//! | `GET /readyz` | 200 while new clients are welcome: not draining, and a shard answers; else 503 and why |
+//! | `GET /readyz` | 200 while new clients are welcome: started, not draining, and a shard answers; else 503 and why |
 //! | `/v1/...` | jobs and queues ([`api`]), described by `GET /v1/openapi.json` |
+//! | a configured path | deliveries of other services ([`webhook`]), which become jobs |
 //!
 //! Runs on a thread of its own, so that a slow scraper costs no client anything. Bodies, headers, time and connections are
-//! bounded. `/v1` wants the users and passwords of the Redis port where there are any; the rest is for whoever reaches the
-//! port, which is the loopback's unless the configuration says otherwise.
+//! bounded. `/v1` wants the users and passwords of the Redis port where there are any; webhooks want their
+//! signatures; the rest is for whoever reaches the port, which is the loopback's unless the configuration says otherwise.
 
 use std::convert::Infallible;
 use std::io;
@@ -28,9 +29,11 @@ use tokio::sync::Semaphore;
 
 use crate::metrics::Format;
 use crate::process::Process;
+use webhook::Hook;
 
 mod api;
 mod json;
+pub mod webhook;
 
 /// Connections at once; more wait in the listener's line.
 const CONNECTIONS_MAX: usize = 256;
@@ -41,6 +44,14 @@ const ANSWER_WAIT: Duration = Duration::from_secs(30);
 
 type Answer = Response<Full<Bytes>>;
 
+/// What is served.
+struct Site {
+    process: Arc<Process>,
+    hooks: Vec<Hook>,
+    /// The OpenAPI document.
+    description: Bytes,
+}
+
 /// Binds the port, before anything serves.
 pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let listener = TcpListener::bind(address)
@@ -50,7 +61,8 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// Serves until the process ends.
-pub async fn serve(listener: TcpListener, process: Arc<Process>) -> io::Result<()> {
+pub async fn serve(listener: TcpListener, process: Arc<Process>, hooks: Vec<Hook>) -> io::Result<()> {
+    let site = Arc::new(Site { process, description: api::openapi(&hooks), hooks });
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
@@ -63,9 +75,9 @@ pub async fn serve(listener: TcpListener, process: Arc<Process>) -> io::Result<(
                 continue;
             }
         };
-        let process = process.clone();
+        let site = site.clone();
         tokio::spawn(async move {
-            let service = hyper::service::service_fn(|request| answer(request, process.clone()));
+            let service = hyper::service::service_fn(|request| answer(request, site.clone()));
             let mut builder = hyper::server::conn::http1::Builder::new();
             builder.timer(TokioTimer::new()).header_read_timeout(HEADERS_WAIT).max_buf_size(64 << 10);
             if let Err(error) = builder.serve_connection(TokioIo::new(socket), service).await {
@@ -76,21 +88,27 @@ pub async fn serve(listener: TcpListener, process: Arc<Process>) -> io::Result<(
     }
 }
 
-async fn answer(request: Request<Incoming>, process: Arc<Process>) -> Result<Answer, Infallible> {
+async fn answer(request: Request<Incoming>, site: Arc<Site>) -> Result<Answer, Infallible> {
+    let process = &site.process;
     let answer = match (request.method(), request.uri().path()) {
-        (&Method::GET, "/metrics") => metrics(&request, &process),
-        (&Method::GET, "/healthz") => health(&process),
-        (&Method::GET, "/readyz") => readiness(&process),
+        (&Method::GET, "/metrics") => metrics(&request, process),
+        (&Method::GET, "/healthz") => health(process),
+        (&Method::GET, "/readyz") => readiness(process),
         (&Method::GET, "/") => text(StatusCode::OK, "goflow: /metrics /healthz /readyz /v1/openapi.json\n"),
-        (_, path) if path.starts_with("/v1/") => {
-            match tokio::time::timeout(ANSWER_WAIT, api::answer(request, &process)).await {
-                Ok(answer) => answer,
-                Err(_) => busy(text(StatusCode::SERVICE_UNAVAILABLE, "no answer in time; it may have happened\n")),
-            }
-        }
-        _ => text(StatusCode::NOT_FOUND, "there is nothing here\n"),
+        (_, path) if path.starts_with("/v1/") => in_time(api::answer(request, &site)).await,
+        (_, path) => match site.hooks.iter().find(|hook| hook.path == path) {
+            Some(hook) => in_time(webhook::answer(hook, request, process)).await,
+            None => text(StatusCode::NOT_FOUND, "there is nothing here\n"),
+        },
     };
     Ok(answer)
+}
+
+async fn in_time(answer: impl Future<Output = Answer>) -> Answer {
+    match tokio::time::timeout(ANSWER_WAIT, answer).await {
+        Ok(answer) => answer,
+        Err(_) => busy(text(StatusCode::SERVICE_UNAVAILABLE, "no answer in time; it may have happened\n")),
+    }
 }
 
 fn metrics(request: &Request<Incoming>, process: &Process) -> Answer {
@@ -111,6 +129,9 @@ fn health(process: &Process) -> Answer {
 }
 
 fn readiness(process: &Process) -> Answer {
+    if !process.serving.load(Ordering::Relaxed) {
+        return text(StatusCode::SERVICE_UNAVAILABLE, "starting\n");
+    }
     if process.draining.load(Ordering::Relaxed) {
         return text(StatusCode::SERVICE_UNAVAILABLE, "draining\n");
     }

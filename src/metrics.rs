@@ -112,6 +112,8 @@ declare! {
     COMMAND_DURATION = histogram("goflow_command_duration_seconds", &["command"], REQUEST_SECONDS,
         "From reading a request to writing its answer, waits included.");
     ERRORS = counter("goflow_errors_total", &["code"], "Error replies by their code.");
+    WEBHOOKS = counter("goflow_webhook_deliveries_total", &["path", "result"],
+        "Webhook deliveries by what became of them: accepted, unsigned, late, malformed or unavailable.");
     CONNECTIONS = gauge("goflow_connections", &[], "Open client connections.");
     CONNECTIONS_ACCEPTED = counter("goflow_connections_total", &[], "Client connections accepted.");
     CONNECTIONS_REFUSED = counter("goflow_connections_refused_total", &[], "Client connections refused at the bound.");
@@ -205,6 +207,7 @@ pub struct Metrics {
     /// By the place of the command in the table; made when it is first called, so that a scrape holds what is used.
     commands: Vec<(&'static str, OnceLock<Histogram>)>,
     errors: Vec<IntCounter>,
+    webhooks: IntCounterVec,
     pub connections: IntGauge,
     pub connections_accepted: IntCounter,
     pub connections_refused: IntCounter,
@@ -289,6 +292,7 @@ impl Metrics {
             command_family: build.histograms(COMMAND_DURATION)?,
             commands: commands.into_iter().map(|name| (name, OnceLock::new())).collect(),
             errors: Code::ALL.iter().map(|(_, word, ..)| error_family.with_label_values(&[word])).collect(),
+            webhooks: build.counters(WEBHOOKS)?,
             connections: build.gauge(CONNECTIONS)?,
             connections_accepted: build.counter(CONNECTIONS_ACCEPTED)?,
             connections_refused: build.counter(CONNECTIONS_REFUSED)?,
@@ -351,6 +355,11 @@ impl Metrics {
         if let Some(counter) = self.errors.get(code as usize) {
             counter.inc();
         }
+    }
+
+    /// A delivery to a configured path; these are few and come seldom, so nobody keeps their handles.
+    pub fn webhook(&self, path: &str, result: &'static str) {
+        self.webhooks.with_label_values(&[path, result]).inc();
     }
 
     /// Shows what one pass over a shard's queues found, until another proxy may show it.
@@ -557,6 +566,7 @@ mod tests {
         let metrics = metrics();
         metrics.command(1, Duration::from_millis(1));
         metrics.shard("s1");
+        metrics.webhook("/hooks/x", "accepted");
         metrics.publish(
             "s1",
             ShardSample { queues: vec![(name("q"), QueueSample { ready: 1, ..QueueSample::default() })] },

@@ -22,6 +22,8 @@ use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::Bounds;
 use crate::shard::{Action, Op, Outcome};
 
+pub mod slowlog;
+
 /// The version of Redis whose commands and replies clients may expect here.
 pub const REDIS_VERSION: &str = "7.2.0";
 
@@ -62,7 +64,7 @@ fn wrong_pass() -> Error {
 }
 
 /// Compares in a time that depends on the lengths alone.
-fn same(a: &[u8], b: &[u8]) -> bool {
+pub fn same(a: &[u8], b: &[u8]) -> bool {
     let differences = a.iter().zip(b).fold(0u8, |all, (a, b)| all | (a ^ b));
     std::hint::black_box(differences) == 0 && a.len() == b.len()
 }
@@ -87,8 +89,11 @@ pub struct Process {
     pub bytes_out: AtomicU64,
     pub metrics: Arc<Metrics>,
     pub pulse: Pulse,
-    /// A command that takes longer, waits apart, is named in the log.
+    /// A command that takes longer, waits apart, goes to the slow log.
     pub slow: Duration,
+    pub slowlog: slowlog::Slowlog,
+    /// Clients are served; before that the process starts.
+    pub serving: AtomicBool,
     /// One scrape at a time takes over what is counted elsewhere.
     pub scraping: Mutex<()>,
 }
@@ -181,6 +186,12 @@ impl Process {
             Ask::Drain { shard, draining } => Answer::Done(self.drain(&shard, draining).into()),
             Ask::Info { sections } => Answer::reply(Reply::bulk(self.info(&sections))),
             Ask::Config { patterns } => Answer::reply(self.config(&patterns)),
+            Ask::Slow { count } => Answer::reply(self.slowlog.get(count)),
+            Ask::SlowCount => Answer::reply(Reply::count(self.slowlog.len() as u64)),
+            Ask::SlowReset => {
+                self.slowlog.reset();
+                Answer::reply(Reply::OK)
+            }
             Ask::Time => {
                 let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
                 let part = |number: u64| Reply::bulk(number.to_string());

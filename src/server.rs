@@ -2,7 +2,7 @@
 //!
 //! Each thread has a runtime, a listener (`SO_REUSEPORT`) and its sessions of its own; lane `i` runs on thread `i mod n`.
 //! Order of the start: shards are asked for their stamps (one that refuses ends the start, one that is down does not),
-//! sockets are bound, lanes run, sockets listen and are announced. Order of the end, on SIGTERM or SIGINT: no further
+//! sockets are bound, HTTP says that we start, lanes run, sockets listen and are announced. Order of the end, on SIGTERM or SIGINT: no further
 //! connection is accepted, waiting clients are answered, replies are finished and connections closed, lanes run empty;
 //! what is left after the drain time is cut off. A second signal ends at once.
 
@@ -20,7 +20,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use crate::clients::Clients;
-use crate::command::{self, Limits};
+use crate::command::{self, Limits, ordinary};
 use crate::dispatch::router::Strategy;
 use crate::dispatch::{Dispatcher, MapStamp, ShardEntry, sampler};
 use crate::error::{Code, Error};
@@ -59,6 +59,8 @@ pub struct Setup {
     pub allowed: Vec<String>,
     /// Which lists are queues.
     pub lists: Vec<Rule>,
+    /// Paths whose deliveries become jobs.
+    pub webhooks: Vec<http::webhook::Hook>,
 }
 
 /// Serves until a signal ends it. An error says why it could not start.
@@ -66,7 +68,7 @@ pub fn serve(setup: Setup) -> io::Result<()> {
     let listeners = bind_all(setup.listen, setup.threads)?;
     let address = listeners.first().map_or(Ok(setup.listen), |listener| listener.local_addr())?;
     let http_listener = setup.http.map(http::bind).transpose()?;
-    let names = command::rows().iter().map(|row| row.spec.name);
+    let names = command::rows().iter().map(|row| row.spec.name).chain(ordinary::ROWS.iter().map(|row| row.name));
     let metrics = Arc::new(Metrics::new(names).map_err(io::Error::other)?);
     let dispatcher = Dispatcher::new(setup.shards, setup.map, setup.strategy);
     let dispatcher = Arc::new(dispatcher);
@@ -87,8 +89,15 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         metrics,
         pulse: Pulse::new(setup.threads),
         slow: setup.slow,
+        slowlog: Default::default(),
+        serving: false.into(),
         scraping: Default::default(),
     });
+    // Asked from the first moment, and told that we start.
+    let http_address = match http_listener {
+        Some(listener) => Some(serve_http(listener, process.clone(), setup.webhooks)?),
+        None => None,
+    };
     let options = SocketOptions { connections_max: setup.connections_max, keepalive: setup.keepalive };
     let (stop, stopped) = watch::channel(false);
     let mut threads = Vec::new();
@@ -137,9 +146,10 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         }
     }
     eprintln!("goflow {} listening on {address}", env!("CARGO_PKG_VERSION"));
-    if let Some(listener) = http_listener {
-        serve_http(listener, process.clone())?;
+    if let Some(address) = http_address {
+        eprintln!("goflow {} http listening on {address}", env!("CARGO_PKG_VERSION"));
     }
+    process.serving.store(true, Ordering::Relaxed);
     eprintln!("try: redis-cli -h {} -p {} GOFLOW.ENQUEUE main hello", address.ip(), address.port());
     runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         wait_for_signal().await?;
@@ -155,17 +165,20 @@ pub fn serve(setup: Setup) -> io::Result<()> {
 }
 
 /// On a thread of its own, so that neither waits for the other.
-fn serve_http(listener: std::net::TcpListener, process: Arc<Process>) -> io::Result<()> {
+fn serve_http(
+    listener: std::net::TcpListener,
+    process: Arc<Process>,
+    hooks: Vec<http::webhook::Hook>,
+) -> io::Result<SocketAddr> {
     let address = listener.local_addr()?;
     let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
     let body = move || {
-        if let Err(error) = runtime.block_on(http::serve(listener, process)) {
+        if let Err(error) = runtime.block_on(http::serve(listener, process, hooks)) {
             tracing::error!(%error, "HTTP is not served any more");
         }
     };
     std::thread::Builder::new().name("goflow-http".into()).spawn(body)?;
-    eprintln!("goflow {} http listening on {address}", env!("CARGO_PKG_VERSION"));
-    Ok(())
+    Ok(address)
 }
 
 async fn wait_for_signal() -> io::Result<()> {

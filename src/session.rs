@@ -30,6 +30,7 @@ use crate::execute::{Answer, Asker, Done, Keep, execute};
 use crate::forward::conversation::Conversation;
 use crate::forward::{Request, Ways};
 use crate::process::Process;
+use crate::process::slowlog::Slow;
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::{Bounds, Parsed, Parser};
 use crate::shard::{Action, Deed, Op};
@@ -74,9 +75,27 @@ struct Pending {
     answer: Answer,
     protocol: Protocol,
     mute: bool,
-    /// The place of its command in the table, and when it was read.
-    row: Option<usize>,
+    what: What,
     began: Instant,
+}
+
+/// What a request is, for those who count and time it.
+#[derive(Clone, Default)]
+struct What {
+    /// The place of its command among the metrics: the table's rows, then the ordinary ones.
+    command: Option<usize>,
+    /// The queue, lock or semaphore.
+    subject: Bytes,
+    words: usize,
+}
+
+impl What {
+    fn name(&self) -> &'static str {
+        let Some(place) = self.command else { return "" };
+        let rows = command::rows();
+        let ordinary = || ordinary::ROWS.get(place.saturating_sub(rows.len())).map(|row| row.name);
+        rows.get(place).map(|row| row.spec.name).or_else(ordinary).unwrap_or_default()
+    }
 }
 
 struct Session<S> {
@@ -108,6 +127,8 @@ struct Session<S> {
     /// Locks and slots that are held as long as the connection lives, by their tokens.
     bonds: HashMap<u64, Claim>,
     reply_mode: ReplyMode,
+    /// The request that is being started.
+    what: What,
     /// When the socket was last looked at: the time of all requests that came then.
     now: Instant,
 }
@@ -141,6 +162,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             unacked: Unacked::default(),
             bonds: HashMap::new(),
             reply_mode: ReplyMode::On,
+            what: What::default(),
             now: Instant::now(),
         }
     }
@@ -228,14 +250,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         match done {
             Done::Reply(Reply::Error(error)) => self.process.metrics.error(error.code),
             Done::Reply(Reply::RawError(_)) => self.process.metrics.error(Code::Err),
+            Done::Reply(Reply::Raw(bytes)) if bytes.first() == Some(&b'-') => {
+                self.process.metrics.error(Code::of_reply(bytes));
+            }
             _ => {}
         }
-        let Some(row) = pending.row else { return };
+        let Some(place) = pending.what.command else { return };
         let took = self.now.saturating_duration_since(pending.began);
-        self.process.metrics.command(row, took);
+        self.process.metrics.command(place, took);
         if took >= self.process.slow && !waits {
-            let command = command::rows().get(row).map_or("", |row| row.spec.name);
-            tracing::info!(target: "goflow::slow", command, ms = took.as_millis() as u64, client = self.peer.id, "slow");
+            let What { subject, words, .. } = pending.what.clone();
+            self.process.slowlog.note(Slow { command: pending.what.name(), subject, words, took, peer: &self.peer });
         }
     }
 
@@ -279,12 +304,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         started
     }
 
+    /// Puts the answer to the request that is being started in line.
     fn push(&mut self, answer: Answer) {
-        self.push_of(answer, None);
-    }
-
-    /// Puts the answer to a command of the table in line.
-    fn push_of(&mut self, answer: Answer, row: Option<usize>) {
         let mute = match self.reply_mode {
             ReplyMode::On => false,
             ReplyMode::Off => true,
@@ -294,7 +315,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             }
         };
         let protocol = self.context.protocol;
-        self.pending.push_back(Pending { answer, protocol, mute, row, began: self.now });
+        let what = std::mem::take(&mut self.what);
+        self.pending.push_back(Pending { answer, protocol, mute, what, began: self.now });
     }
 
     /// Moves messages of subscriptions to the output; false when the client fell too far behind.
@@ -308,9 +330,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     fn start(&mut self, words: &[Bytes]) {
         let protocol = self.context.protocol;
         self.unacked.next();
+        self.what = What { words: words.len(), ..What::default() };
         if self.authenticated
-            && let Some(row) = words.first().and_then(|name| ordinary::find(name))
+            && let Some(place) = words.first().and_then(|name| ordinary::place(name))
         {
+            let row = &ordinary::ROWS[place];
+            self.what.command = Some(command::rows().len() + place);
             self.peer.note_command(row.name);
             if !self.process.lists.is_empty()
                 && let Some(rule) = durable::find(&self.process.lists, row, words)
@@ -335,6 +360,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             Ok(row) => row,
         };
         self.peer.note_command(row.name);
+        self.what.command = Some(row.index);
+        if row.names_queue_first() {
+            self.what.subject = words.get(row.name_words).cloned().unwrap_or_default();
+        }
         let intercepted = self.conversation.intercept(row.spec.name, words, protocol);
         let answer = match (self.authenticated || row.is_allowed_before_auth(), intercepted) {
             (false, _) => Answer::reply(no_auth()),
@@ -352,7 +381,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 }
             },
         };
-        self.push_of(answer, Some(row.index));
+        self.push(answer);
     }
 
     /// What the client releases itself is not bound to the connection any more.

@@ -10,7 +10,10 @@ use serde_json::{Value as Json, json};
 
 use crate::eventually;
 use crate::support::goflow::Goflow;
+use crate::support::process::{Process, Program};
 use crate::support::servers::{Flavour, Server};
+use crate::support::wire::Wire;
+use crate::support::{free_port, scratch, size};
 
 /// A server whose HTTP port is on.
 pub struct Site {
@@ -36,6 +39,10 @@ impl Site {
         let line = goflow.wait_for_log(mark);
         let address = line[line.find(mark).unwrap() + mark.len()..].trim().to_owned();
         Site { goflow, address }
+    }
+
+    pub fn address(&self) -> &str {
+        &self.address
     }
 
     pub fn request(&self, head: &str, body: &str) -> Answer {
@@ -127,7 +134,7 @@ fn openmetrics_is_for_who_asks_for_it() {
 }
 
 #[test]
-fn ten_thousand_queues_do_not_grow_the_page_beyond_its_bound() {
+fn thousands_of_queues_do_not_grow_the_page_beyond_its_bound() {
     let site = Site::start(&["--shard", "s1=memory:"]);
     let mut wire = site.goflow.wire();
     let enqueue = |wire: &mut crate::support::wire::Wire, from: usize, to: usize| {
@@ -141,8 +148,9 @@ fn ten_thousand_queues_do_not_grow_the_page_beyond_its_bound() {
     };
     eventually!("200 jobs are sampled", (depths(&site.samples()) == 200.0).then_some(()));
     let few = site.samples().len();
-    (200..10_000).step_by(200).for_each(|from| enqueue(&mut wire, from, from + 200));
-    eventually!("10,000 jobs are sampled", (depths(&site.samples()) == 10_000.0).then_some(()));
+    let queues = size("GOFLOW_SERIES_QUEUES", 2_000);
+    (200..queues).step_by(200).for_each(|from| enqueue(&mut wire, from, from + 200));
+    eventually!("the jobs of all queues are sampled", (depths(&site.samples()) == queues as f64).then_some(()));
     assert_eq!(site.samples().len(), few, "the number of series");
 }
 
@@ -170,6 +178,47 @@ fn three_proxies_show_each_job_of_a_shard_once_and_another_takes_over_from_a_kil
     killed.goflow.kill();
     eventually!("the others have taken over", (sum(&sites, depth) == 100.0).then_some(()));
     assert_eq!(sum(&sites, "goflow_shard_sampled"), 2.0);
+}
+
+#[test]
+fn readiness_tells_starting_from_ready_from_draining() {
+    let shard = Server::start(Flavour::Redis7, &[]);
+    // It takes connections and answers nothing, so the start waits for it as long as it ever does.
+    shard.stop();
+    let (dir, http) = (scratch(), format!("127.0.0.1:{}", free_port()));
+    let args = ["serve", "--listen", "127.0.0.1:0", "--http", &http, "--shard", &format!("s1={}", shard.url())];
+    let program = Program {
+        path: env!("CARGO_BIN_EXE_goflow").into(),
+        args: args.map(Into::into).to_vec(),
+        env: Vec::new(),
+        dir: dir.path().to_owned(),
+    };
+    let process = Process::start(&program);
+    let ask = |path: &str| {
+        let mut socket = TcpStream::connect(&http).ok()?;
+        write!(socket, "GET {path} HTTP/1.1\r\nHost: goflow\r\nConnection: close\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).ok()?;
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        Some((head.split(' ').nth(1)?.parse::<u16>().ok()?, body.trim().to_owned()))
+    };
+    let said = eventually!("it answers before it serves", ask("/readyz"));
+    assert_eq!(said, (503, "starting".into()));
+    assert_eq!(ask("/healthz"), Some((200, "ok".into())), "a start that takes long is no reason to be restarted");
+    shard.cont();
+    eventually!("it is ready", (ask("/readyz") == Some((200, "ready".into()))).then_some(()));
+    // A client that holds the drain up: its command is with a server that does not answer.
+    let address = process.stderr.wait_for("listening on ");
+    let mut wire = Wire::connect(address.rsplit(' ').next().unwrap());
+    shard.stop();
+    wire.send(&["SET", "a", "b"]);
+    process.signal("TERM");
+    eventually!("it says that it drains", (ask("/readyz") == Some((503, "draining".into()))).then_some(()));
+    assert_eq!(ask("/healthz"), Some((200, "ok".into())));
+    shard.cont();
+    assert_eq!(wire.read().text(), "OK", "what was under way is answered");
+    let mut process = process;
+    assert!(process.wait().success());
 }
 
 #[test]

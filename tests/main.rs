@@ -29,6 +29,8 @@ mod http;
 mod keys;
 /// Never too many holders, whoever is killed; waiters in their order.
 mod locks;
+/// Lines of the log, slow commands, and never a payload or a secret.
+mod logs;
 /// Nothing that was acknowledged is lost, whoever is killed.
 mod loss;
 /// Random operations on each shard and on the pure rules at once give the same outcomes.
@@ -50,5 +52,7 @@ mod support;
 mod tidy;
 /// Many workers that wait cost nearly nothing, and none of them waits while there is a job.
 mod waiting;
+/// Signed deliveries of other services become jobs, once; all others nothing.
+mod webhook;
 /// `goflow worker`: handlers in three languages, and every way in which one may end.
 mod worker;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Config, ListConfig, LogFormat, ShardUrl};
+use crate::config::{Config, ConfigError, ListConfig, LogFormat, ShardUrl};
 use crate::dispatch::{MapStamp, ShardEntry};
 use crate::process::Auth;
 use crate::server::{self, Setup};
@@ -17,8 +17,10 @@ use crate::shard::redis::{Redis, Timeouts};
 /// Serves until a signal ends it.
 pub fn run(config: Config) -> ExitCode {
     start_log(&config);
-    let served =
-        shards(&config).and_then(|shards| server::serve(setup(&config, shards)).map_err(|error| error.to_string()));
+    let served = shards(&config).and_then(|shards| {
+        let setup = setup(&config, shards).map_err(|error| error.to_string())?;
+        server::serve(setup).map_err(|error| error.to_string())
+    });
     match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -64,8 +66,8 @@ pub fn shards(config: &Config) -> Result<Vec<ShardEntry>, String> {
     Ok(entries)
 }
 
-fn setup(config: &Config, shards: Vec<ShardEntry>) -> Setup {
-    Setup {
+fn setup(config: &Config, shards: Vec<ShardEntry>) -> Result<Setup, ConfigError> {
+    Ok(Setup {
         listen: config.listen,
         http: config.http.0,
         threads: config.threads(),
@@ -86,5 +88,6 @@ fn setup(config: &Config, shards: Vec<ShardEntry>) -> Setup {
         slow: config.log.slow(),
         allowed: config.forward.allowed(),
         lists: config.list.iter().map(ListConfig::rule).collect(),
-    }
+        webhooks: config.hooks()?,
+    })
 }

@@ -232,47 +232,54 @@ OK",
         plan: |_, _| Ok(Plan::Now(Reply::Array(Vec::new()))),
         ..SERVER
     },
-    Spec::container(
-        "SLOWLOG",
-        Group::Server,
-        "2.2.12",
-        "The log of slow commands, which is the server's own log here.",
-    ),
+    Spec::container("SLOWLOG", Group::Server, "2.2.12", "The slow commands of this proxy (`log.slow_ms`)."),
     Spec {
         name: "SLOWLOG|GET",
         since: "2.2.12",
-        summary: "Lists slow commands: none are kept here.",
+        summary: "Lists the last slow commands of this proxy, the newest first.",
         args: &[Arg::new("count", Kind::Integer(-1, i64::MAX)).optional()],
         flags: &[Flag::Admin],
-        reply: "An empty array.",
+        reply: "An array, at most 10 entries unless `count` says otherwise, all of them (128 at most) with -1. Each is an array \
+                of its number, the Unix time in seconds, the microseconds that it took, the words, and the client's address and \
+                name. Of the words it holds the command and the queue, lock or semaphore, and how many others there were: no \
+                payload, key or secret.",
+        notes: "What takes longer than `log.slow_ms` (200) is slow; the wait of a blocking command does not count. The same is \
+                a line of the log, module `goflow::slow`.",
         examples: "\
+> SLOWLOG RESET
+OK
 > SLOWLOG GET
 (empty array)",
-        plan: |_, _| Ok(Plan::Now(Reply::Array(Vec::new()))),
+        plan: |args, _| {
+            let count = args.integer("count")?.map(|count| usize::try_from(count).unwrap_or(usize::MAX));
+            Ok(Plan::Ask(Ask::Slow { count }))
+        },
         ..SERVER
     },
     Spec {
         name: "SLOWLOG|LEN",
         since: "2.2.12",
-        summary: "Counts slow commands: none are kept here.",
+        summary: "Counts the slow commands that are kept.",
         flags: &[Flag::Admin],
-        reply: "0.",
+        reply: "An integer, at most 128.",
         examples: "\
+> SLOWLOG RESET
+OK
 > SLOWLOG LEN
 (integer) 0",
-        plan: |_, _| Ok(Plan::Now(Reply::Integer(0))),
+        plan: |_, _| Ok(Plan::Ask(Ask::SlowCount)),
         ..SERVER
     },
     Spec {
         name: "SLOWLOG|RESET",
         since: "2.2.12",
-        summary: "Empties the log of slow commands.",
+        summary: "Forgets the slow commands.",
         flags: &[Flag::Admin],
         reply: "`OK`.",
         examples: "\
 > SLOWLOG RESET
 OK",
-        plan: |_, _| Ok(Plan::Now(Reply::OK)),
+        plan: |_, _| Ok(Plan::Ask(Ask::SlowReset)),
         ..SERVER
     },
     Spec::container("LATENCY", Group::Server, "2.8.13", "Latency events, of which none are kept; see the metrics."),

@@ -224,6 +224,12 @@ pub enum Ask {
         patterns: Vec<Bytes>,
     },
     Time,
+    /// The last slow commands; `None`: as many as Redis shows unasked.
+    Slow {
+        count: Option<usize>,
+    },
+    SlowCount,
+    SlowReset,
     /// The statistics of every queue on every shard, added up by [`admin::totals`].
     Totals,
 }
@@ -349,6 +355,11 @@ impl Spec {
 
     pub fn is_allowed_before_auth(&self) -> bool {
         self.has(Flag::NoAuth)
+    }
+
+    /// Whether its first argument is the name of a queue, lock or semaphore.
+    pub fn names_queue_first(&self) -> bool {
+        matches!(self.args.first(), Some(Arg { kind: Kind::Queue, token: None, .. }))
     }
 }
 

@@ -373,12 +373,17 @@ fn hash(name: &[u8]) -> usize {
 
 /// The row of a command by its name in any case.
 pub fn find(name: &[u8]) -> Option<&'static Row> {
+    place(name).map(|at| &ROWS[at])
+}
+
+/// The same, as its place in [`ROWS`].
+pub fn place(name: &[u8]) -> Option<usize> {
     let slots = &*SLOTS;
     let mut at = hash(name) & (slots.len() - 1);
     loop {
-        let row = &ROWS[usize::from(slots[at]).checked_sub(1)?];
-        if row.name.as_bytes().eq_ignore_ascii_case(name) {
-            return Some(row);
+        let place = usize::from(slots[at]).checked_sub(1)?;
+        if ROWS[place].name.as_bytes().eq_ignore_ascii_case(name) {
+            return Some(place);
         }
         at = (at + 1) & (slots.len() - 1);
     }

@@ -21,14 +21,15 @@ use hyper::{Method, Request, Response, StatusCode};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-use super::{Answer, busy, json};
+use super::webhook::Hook;
+use super::{Answer, Site, busy, json};
 use crate::command::{self, Context, Plan};
 use crate::error::{Code, Error, Happened, Result};
 use crate::execute::{self, Asker, Done, execute};
 use crate::process::Process;
 use crate::resp::reply::{Protocol, Reply};
 
-/// The description of all this, for programs.
+/// The description of all this, for programs; [`openapi`] adds the webhooks.
 const OPENAPI: &str = include_str!("openapi.json");
 
 /// Fields of a job that are options of the command with one value.
@@ -47,12 +48,23 @@ const FIELDS: &[(&str, &str)] = &[
 /// Fields with a shape of their own.
 const SHAPED: &[&str] = &["payload", "payload_base64", "unique", "meta", "nx"];
 
-pub async fn answer(request: Request<Incoming>, process: &Arc<Process>) -> Answer {
+/// The OpenAPI document with a path for each webhook, made from its model of one.
+pub fn openapi(hooks: &[Hook]) -> Bytes {
+    let mut document: Value = serde_json::from_str(OPENAPI).unwrap_or_default();
+    let model = document.as_object_mut().and_then(|document| document.remove("x-webhook")).unwrap_or_default();
+    if let Some(paths) = document.get_mut("paths").and_then(Value::as_object_mut) {
+        paths.extend(hooks.iter().map(|hook| (hook.path.clone(), hook.describe(&model))));
+    }
+    document.to_string().into()
+}
+
+pub async fn answer(request: Request<Incoming>, site: &Site) -> Answer {
+    let process = &site.process;
     let path: Option<Vec<String>> = request.uri().path().split('/').skip(2).map(percent_decoded).collect();
     let path = path.unwrap_or_default();
     let path: Vec<&str> = path.iter().map(String::as_str).collect();
     if path == ["openapi.json"] {
-        return written(StatusCode::OK, OPENAPI);
+        return written(StatusCode::OK, site.description.clone());
     }
     if let Err(error) = authenticate(&request, process) {
         return refused(&error);
@@ -92,7 +104,7 @@ fn authenticate(request: &Request<Incoming>, process: &Process) -> Result<()> {
 }
 
 /// Starts a command; what it submits is in its lanes when this returns.
-fn start(words: &[Bytes], process: &Arc<Process>) -> execute::Answer {
+pub(super) fn start(words: &[Bytes], process: &Arc<Process>) -> execute::Answer {
     let context = Context { protocol: Protocol::Resp3, client_id: 0, limits: process.limits.clone() };
     // Requests of HTTP have no order among themselves, so they share the session that keeps none.
     let asker = Asker { session: 0, block_ms_max: process.limits.block_ms_max };
@@ -103,7 +115,7 @@ fn start(words: &[Bytes], process: &Arc<Process>) -> execute::Answer {
     }
 }
 
-async fn finish(mut answer: execute::Answer, process: &Process) -> Reply {
+pub(super) async fn finish(mut answer: execute::Answer, process: &Process) -> Reply {
     let reply = match poll_fn(|context| answer.poll(context)).await {
         Done::Reply(reply) => reply,
         // Nothing here asks for deliveries; dropped, they go back.
@@ -279,7 +291,7 @@ fn described(code: &str, message: &str, happened: Happened) -> Value {
     json!({ "code": code, "message": message, "happened": if happened == Happened::No { "no" } else { "maybe" } })
 }
 
-fn refused(error: &Error) -> Answer {
+pub(super) fn refused(error: &Error) -> Answer {
     let status = match error.code {
         Code::NoAuth | Code::WrongPass => StatusCode::UNAUTHORIZED,
         Code::NoPerm => StatusCode::FORBIDDEN,
@@ -300,7 +312,7 @@ fn refused(error: &Error) -> Answer {
     }
 }
 
-fn failed(status: StatusCode, code: &str, message: &str, happened: Happened) -> Answer {
+pub(super) fn failed(status: StatusCode, code: &str, message: &str, happened: Happened) -> Answer {
     written(status, json!({ "error": described(code, message, happened) }).to_string())
 }
 
@@ -310,7 +322,7 @@ fn not_allowed(method: &'static str) -> Answer {
     answer
 }
 
-fn written(status: StatusCode, body: impl Into<Bytes>) -> Answer {
+pub(super) fn written(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     let mut answer = Response::new(Full::from(body.into()));
     *answer.status_mut() = status;
     answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
