@@ -21,11 +21,13 @@ lint:
 	$(CARGO) clippy --all-targets --quiet -- -D warnings
 
 # The sizes may be given: make soak JOBS=1000000 KILLS=200
+# Every test run is the same one; a soak has another seed each time, and prints it.
+SEED := $(shell date +%s)
 JOBS = 200000
 KILLS = 40
 
 soak:
-	GOFLOW_PATIENCE_S=3600 GOFLOW_MODEL_STEPS=$(JOBS) GOFLOW_LOSS_JOBS=$(JOBS) GOFLOW_LOSS_KILLS=$(KILLS) \
+	GOFLOW_PATIENCE_S=3600 GOFLOW_MODEL_STEPS=$(JOBS) GOFLOW_MODEL_SEED=$(SEED) GOFLOW_LOSS_JOBS=$(JOBS) GOFLOW_LOSS_KILLS=$(KILLS) \
 	  GOFLOW_FLEET_JOBS=$(JOBS) GOFLOW_FLEET_RATE=2000 \
 	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 model:: recovery:: loss:: fleet::
 	GOFLOW_PATIENCE_S=3600 GOFLOW_PLACEMENT_JOBS=1000000 GOFLOW_PLACEMENT_IDS=1000000 \

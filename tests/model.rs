@@ -330,7 +330,7 @@ async fn shorten(home: &Home, mut steps: Vec<Step>, queues: &[Name]) -> Vec<Step
 
 async fn explore(home: Home) {
     let read = |variable: &str| std::env::var(variable).ok().and_then(|text| text.parse::<u64>().ok());
-    let seed = read("GOFLOW_MODEL_SEED").unwrap_or_else(rand::random);
+    let seed = read("GOFLOW_MODEL_SEED").unwrap_or(1);
     let count = read("GOFLOW_MODEL_STEPS").unwrap_or(1_500);
     println!("GOFLOW_MODEL_SEED={seed} GOFLOW_MODEL_STEPS={count}");
     let mut author = Author::new(seed);

@@ -25,6 +25,21 @@ async fn jobs_that_are_over_are_kept_for_their_time(keeper: &Keeper) {
     assert_eq!((stats.completed, stats.completed_kept), (1, 0));
 }
 
+async fn what_ended_under_a_clock_that_stepped_back_is_not_kept_longer(keeper: &Keeper) {
+    let mut trial = keeper.open_with(keeping(1000, 100)).await;
+    let (first, second) = (trial.enqueue("first").await, trial.enqueue("second").await);
+    trial.advance(600);
+    trial.cancel(first).await;
+    trial.now -= 600;
+    let lease = trial.take().await;
+    trial.ack(lease).await;
+    // The one that stood before it in the order of ends goes in another way.
+    trial.purge(JobState::Cancelled).await;
+    trial.advance(1000);
+    trial.tick().await;
+    assert_eq!(trial.find(JobRef::Seq(second)).await, None);
+}
+
 async fn of_too_many_that_are_over_the_oldest_go_first(keeper: &Keeper) {
     let mut trial = keeper.open_with(keeping(1_000_000, 3)).await;
     let seqs = trial.enqueue_many(Policy::default(), 5).await;
@@ -101,6 +116,7 @@ async fn a_probe_says_what_the_shard_is(keeper: &Keeper) {
 
 cases![
     jobs_that_are_over_are_kept_for_their_time,
+    what_ended_under_a_clock_that_stepped_back_is_not_kept_longer,
     of_too_many_that_are_over_the_oldest_go_first,
     retention_touches_nothing_that_is_not_over,
     a_seq_is_never_used_twice,

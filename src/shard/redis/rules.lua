@@ -798,6 +798,8 @@ function make_rules()
     elseif KEPT[state] then
       seqs = call('LPOP', KEPT[state], text(count))
       M[KEPT_COUNT[state]] = M[KEPT_COUNT[state]] - #seqs
+      -- Where the clock was set back, what is oldest now may have ended before what was.
+      M.keep_until = now
     else
       seqs = call('ZRANGE', INDEX[state], '0', text(count - 1))
       send('ZREM', INDEX[state], seqs)
