@@ -1,7 +1,7 @@
 # run    the queue, with an embedded shard in ./goflow-data, on 127.0.0.1:6380
 # test   everything that must hold before a change is done; says first what is missing (.ci/setup installs it)
 # lint   formatting and lints alone
-# soak   the model test, the recovery, loss and fleet tests, long; placement, waiting, flat cost and ordinary commands at full size
+# soak   the model test, the recovery, loss, fleet and group tests, long; placement, waiting, flat cost and ordinary commands at full size
 # bench  the load generator against a server of its own
 # speed  what a job costs in every shape, beside beanstalkd where that is installed: medians of five
 
@@ -29,7 +29,8 @@ KILLS = 40
 soak:
 	GOFLOW_PATIENCE_S=3600 GOFLOW_MODEL_STEPS=$(JOBS) GOFLOW_MODEL_SEED=$(SEED) GOFLOW_LOSS_JOBS=$(JOBS) GOFLOW_LOSS_KILLS=$(KILLS) \
 	  GOFLOW_FLEET_JOBS=$(JOBS) GOFLOW_FLEET_RATE=2000 \
-	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 model:: recovery:: loss:: fleet::
+	  GOFLOW_GROUPS=10000 GOFLOW_GROUP_JOBS=$(JOBS) GOFLOW_GROUP_WORKERS=100 GOFLOW_GROUP_KILLS=$(KILLS) \
+	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 model:: recovery:: loss:: fleet:: groups::
 	GOFLOW_PATIENCE_S=3600 GOFLOW_PLACEMENT_JOBS=1000000 GOFLOW_PLACEMENT_IDS=1000000 \
 	  GOFLOW_WAITING_WORKERS=1000 GOFLOW_WAITING_JOBS=10000 GOFLOW_WAITING_IDLE_S=20 GOFLOW_WAITING_BOUNDS=1 \
 	  GOFLOW_FLAT_DEPTH=1000000 GOFLOW_FLAT_BOUNDS=1 GOFLOW_SERIES_QUEUES=10000 \

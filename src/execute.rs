@@ -25,7 +25,7 @@ use crate::dispatch::{Dispatcher, ShardMap};
 use crate::error::{Code, Error, Happened, Result};
 use crate::forward::park::GiveBack;
 use crate::forward::{Forwarded, Started};
-use crate::job::{JobRef, Lease, Name, format_id};
+use crate::job::{JobRef, Lease, Name, format_id, group_home};
 use crate::resp::reply::{Protocol, Reply, put_header};
 use crate::shard::{Action, Deed, Keyed, Op, Outcome, Placed};
 
@@ -312,6 +312,7 @@ async fn ask(lane: &Lane, op: Op, asker: Asker) -> Result<Outcome> {
 fn start_enqueue(enqueue: Enqueue, dispatcher: &Arc<Dispatcher>, asker: Asker) -> Result<Answer> {
     let Enqueue { queue, policy, payloads, start, shard, nx, many } = enqueue;
     let lane = match (&shard, &policy.id, &policy.unique) {
+        _ if let Some((group, _)) = &policy.group => dispatcher.map().home(&group_home(&queue, group)).clone(),
         (Some(name), _, _) => dispatcher.lane(name)?,
         (None, Some(key), _) | (None, None, Some((key, _))) => dispatcher.map().home(key).clone(),
         (None, None, None) if many => {

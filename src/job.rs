@@ -180,6 +180,11 @@ pub fn parse_id(raw: &[u8]) -> Result<(JobRef, Option<&str>)> {
     check_key(raw, "id").map(|()| (JobRef::Chosen(Bytes::copy_from_slice(raw)), None))
 }
 
+/// The text whose ring owner all jobs of a group of a queue are placed on. No queue's name holds the byte between.
+pub fn group_home(queue: &Name, group: &[u8]) -> Vec<u8> {
+    [queue.as_str().as_bytes(), b"\0", group].concat()
+}
+
 /// Checks an id that a client chooses for a new job.
 pub fn parse_chosen_id(raw: &[u8]) -> Result<Bytes> {
     match parse_id(raw)? {
@@ -222,7 +227,7 @@ pub struct Policy {
     pub id: Option<Bytes>,
     /// Only one job that is neither over nor dead holds this key; the second part is how long at most, 0 without limit.
     pub unique: Option<(Bytes, Millis)>,
-    /// At most so many jobs of this group are leased at once, in order when it is 1.
+    /// The job is leased only while fewer jobs of this group than so many have a turn; in order when it is 1.
     pub group: Option<(Bytes, u32)>,
     pub meta: Vec<(Bytes, Bytes)>,
 }

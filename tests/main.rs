@@ -23,6 +23,8 @@ mod fleet;
 mod forward;
 /// What hostile clients send is taken as Redis takes it; parser and scanner meet any bytes.
 mod frames;
+/// Never two of a group at once, and in order, whoever is killed.
+mod groups;
 /// Metrics, health, readiness and the HTTP API over a real socket.
 mod http;
 /// The keyspace of a local shard against Redis itself.

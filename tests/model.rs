@@ -144,7 +144,7 @@ impl Author {
             id: (is_keyed && self.rng.random_bool(0.6)).then(|| self.key("id")),
             unique: (is_keyed && self.rng.random_bool(0.6))
                 .then(|| (self.key("key"), *[0, 1, 900].choose(&mut self.rng).unwrap())),
-            group: None,
+            group: self.rng.random_bool(0.4).then(|| (self.key("group"), *[1, 1, 2, 3].choose(&mut self.rng).unwrap())),
             meta: (0..self.rng.random_range(0..3)).map(|_| (self.text(), self.text())).collect(),
         };
         let count = match self.rng.random_range(0..400) {

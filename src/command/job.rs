@@ -21,6 +21,8 @@ use crate::shard::{Action, Op, Outcome, PAGE_JOBS_MAX, Start};
 
 /// Most queues that one DEQUEUE names.
 pub const DEQUEUE_QUEUES_MAX: usize = 128;
+/// Largest CONCURRENCY of a group.
+pub const GROUP_BOUND_MAX: i64 = 1_000;
 /// Jobs in one page of PEEK or DLQ LIST when the request does not say.
 pub const PAGE_JOBS: u64 = 100;
 
@@ -39,6 +41,8 @@ const BACKOFFMAX: Arg = Arg::option("BACKOFFMAX", "ms", MS);
 const TTL: Arg = Arg::option("TTL", "ms", MS);
 const META: Arg =
     Arg::option("META", "meta", Kind::Group(&[Arg::new("field", Kind::Text), Arg::new("value", Kind::Text)])).many();
+const GROUP: Arg = Arg::option("GROUP", "key", Kind::Text);
+const CONCURRENCY: Arg = Arg::option("CONCURRENCY", "n", Kind::Integer(1, GROUP_BOUND_MAX));
 const SHARD: Arg = Arg::option("SHARD", "name", Kind::Shard);
 const UNIQUE: Arg = Arg::option("UNIQUE", "unique", Kind::Group(&[Arg::new("key", Kind::Text), Arg::new("ms", MS)]));
 const SHARDS: Arg =
@@ -65,6 +69,8 @@ pub static ROWS: &[Spec] = &[
             BACKOFFMAX,
             TTL,
             UNIQUE,
+            GROUP,
+            CONCURRENCY,
             META,
             SHARD,
             Arg::flag("NX", "nx"),
@@ -76,8 +82,9 @@ pub static ROWS: &[Spec] = &[
                 many deliveries may end badly before the job is dead; retry n waits `BACKOFF * 2^(n-1)` ms, a tenth \
                 more or less, at most `BACKOFFMAX`. `TTL` ends a job that was not started in time. `UNIQUE key ms` \
                 holds the key at most so long, with 0 until the job is over or dead. `META` may be repeated: at most \
-                64 fields and 16 KiB. `SHARD` places the job there, and excludes `ID` and `UNIQUE`, which have a shard \
-                of their own; a job has one of these two at most.",
+                64 fields and 16 KiB. `GROUP key` lets one job of the group be leased at a time, in order, or with \
+                `CONCURRENCY` up to n at once. `SHARD` places the job there. `ID`, `UNIQUE` and `GROUP` have a shard of \
+                their own, so a job has one of these four at most.",
         errors: &[Code::Duplicate, Code::QueueFull, Code::TooBig, Code::ShardDown, Code::Overloaded],
         examples: "\
 > GOFLOW.ENQUEUE main hello
@@ -87,7 +94,11 @@ pub static ROWS: &[Spec] = &[
 > GOFLOW.ENQUEUE main again ID mail-17
 \"mail-17\"
 > GOFLOW.ENQUEUE main again ID mail-17 NX
-(error) DUPLICATE the job mail-17 holds this key",
+(error) DUPLICATE the job mail-17 holds this key
+> GOFLOW.ENQUEUE main 'order paid' GROUP customer-7
+\"<paid>\"
+> GOFLOW.ENQUEUE main 'order sent' GROUP customer-7
+\"<sent>\"",
         plan: enqueue,
         ..Spec::BASE
     },
@@ -107,6 +118,8 @@ pub static ROWS: &[Spec] = &[
             BACKOFF,
             BACKOFFMAX,
             TTL,
+            GROUP,
+            CONCURRENCY,
             META,
             SHARD,
         ],
@@ -115,7 +128,7 @@ pub static ROWS: &[Spec] = &[
                 says; each shard stores all of its part or nothing, and an id whose shard failed is an error in its \
                 place.",
         notes: "The options are those of `GOFLOW.ENQUEUE` and hold for every job; `ID`, `UNIQUE` and `NX` fit one job \
-                only and are not taken.",
+                only and are not taken. With `GROUP` all of them go to the group's shard.",
         errors: &[Code::QueueFull, Code::TooBig, Code::ShardDown, Code::Overloaded],
         examples: "\
 > GOFLOW.ENQUEUEMANY main 3 one two three PRIORITY 1
@@ -429,7 +442,7 @@ fn enqueue(args: &Args, context: &Context) -> Result<Plan> {
         false => (context.limits.policy.clone(), Start::Now, None, false),
         true => {
             let policy = keyed_policy(args, &context.limits.policy)?;
-            let shard = args.shard("SHARD")?;
+            let shard = ungrouped_shard(args, &policy)?;
             let keyed = policy.id.is_some() || policy.unique.is_some();
             if shard.is_some() && keyed {
                 return Err(Error::bad("SHARD does not go with ID or UNIQUE, which have a shard of their own"));
@@ -452,7 +465,11 @@ fn enqueue_many(args: &Args, context: &Context) -> Result<Plan> {
     }
     let (policy, start, shard) = match args.has_options() {
         false => (context.limits.policy.clone(), Start::Now, None),
-        true => (Arc::new(policy(args, &context.limits.policy)?), start(args)?, args.shard("SHARD")?),
+        true => {
+            let policy = policy(args, &context.limits.policy)?;
+            let shard = ungrouped_shard(args, &policy)?;
+            (Arc::new(policy), start(args)?, shard)
+        }
     };
     Ok(Plan::Enqueue(Enqueue { queue, policy, payloads: payloads.to_vec(), start, shard, nx: false, many: true }))
 }
@@ -489,8 +506,26 @@ fn policy(args: &Args, default: &Policy) -> Result<Policy> {
     policy.backoff = args.number("BACKOFF")?.unwrap_or(policy.backoff);
     policy.backoff_max = args.number("BACKOFFMAX")?.unwrap_or(policy.backoff_max);
     policy.ttl = args.number("TTL")?.unwrap_or(policy.ttl);
+    match (args.value("GROUP"), args.integer("CONCURRENCY")?) {
+        (Some(key), bound) => {
+            check_key(key, "GROUP key")?;
+            policy.group = Some((key.clone(), u32::try_from(bound.unwrap_or(1)).map_err(|_| syntax_error())?));
+        }
+        (None, Some(_)) => return Err(Error::bad("CONCURRENCY goes with GROUP only")),
+        (None, None) => {}
+    }
     put_meta(args, &mut policy)?;
     Ok(policy)
+}
+
+/// The shard that the request names.
+fn ungrouped_shard(args: &Args, policy: &Policy) -> Result<Option<Box<str>>> {
+    match args.shard("SHARD")? {
+        Some(_) if policy.group.is_some() => {
+            Err(Error::bad("SHARD does not go with GROUP: all jobs of a group lie on the shard of their group"))
+        }
+        shard => Ok(shard),
+    }
 }
 
 /// A field that is given again has its last value.
@@ -527,6 +562,9 @@ fn keyed_policy(args: &Args, default: &Policy) -> Result<Policy> {
         check_key(key, "UNIQUE key")?;
         let ms = integer_between(ms, "UNIQUE ms", 0, TIME_MAX as i64)?;
         policy.unique = Some((key.clone(), ms.unsigned_abs()));
+    }
+    if policy.group.is_some() && (policy.id.is_some() || policy.unique.is_some()) {
+        return Err(Error::bad("GROUP does not go with ID or UNIQUE: each of them decides the shard"));
     }
     Ok(policy)
 }
@@ -794,6 +832,10 @@ pub fn job_map(job: &JobView, queue: &Name, shard: &str) -> Reply {
         .unique
         .as_ref()
         .map_or((Reply::Null, Reply::Null), |(key, ms)| (Reply::Bulk(key.clone()), Reply::count(*ms)));
+    let (group, concurrency) = policy
+        .group
+        .as_ref()
+        .map_or((Reply::Null, Reply::Null), |(key, bound)| (Reply::Bulk(key.clone()), Reply::count(u64::from(*bound))));
     let meta = policy.meta.iter().map(|(field, value)| (Reply::Bulk(field.clone()), Reply::Bulk(value.clone())));
     let fields = vec![
         ("id", Reply::Bulk(id_text(policy, job.seq, shard))),
@@ -812,6 +854,8 @@ pub fn job_map(job: &JobView, queue: &Name, shard: &str) -> Reply {
         ("ttl", Reply::count(policy.ttl)),
         ("unique", unique),
         ("unique_ms", unique_ms),
+        ("group", group),
+        ("concurrency", concurrency),
         ("enqueued_at", Reply::count(job.enqueued_at)),
         ("due_at", number(job.due_at)),
         ("started_at", number(job.started_at)),
@@ -907,6 +951,21 @@ mod tests {
         assert!(Arc::ptr_eq(&first.policy, &context.limits.policy));
         assert_eq!((first.queue.as_str(), &first.payloads[..]), ("main", &[Bytes::from("hello")][..]));
         assert!(!first.many && !first.nx && first.shard.is_none() && first.start == Start::Now);
+    }
+
+    #[test]
+    fn a_group_has_a_bound_of_one_unless_it_says_otherwise_and_a_home_of_its_own() {
+        let group = |line: &str| enqueued(line).policy.group.clone();
+        assert_eq!(group("GOFLOW.ENQUEUE q p GROUP a"), Some(("a".into(), 1)));
+        assert_eq!(group("GOFLOW.ENQUEUEMANY q 1 p CONCURRENCY 7 GROUP a"), Some(("a".into(), 7)));
+        for excluded in ["ID x", "UNIQUE x 5", "SHARD s1"] {
+            let told = refused(&format!("GOFLOW.ENQUEUE q p GROUP a {excluded}"));
+            assert!(told.contains("does not go with"), "{told}");
+        }
+        assert!(refused("GOFLOW.ENQUEUEMANY q 1 p GROUP a SHARD s1").contains("SHARD does not go with GROUP"));
+        assert!(refused("GOFLOW.ENQUEUE q p CONCURRENCY 2").contains("CONCURRENCY goes with GROUP only"));
+        assert!(refused("GOFLOW.ENQUEUE q p GROUP a CONCURRENCY 0").contains("CONCURRENCY expects 1 to 1000"));
+        assert!(refused(&format!("GOFLOW.ENQUEUE q p GROUP {}", "x".repeat(513))).contains("GROUP key has 513 bytes"));
     }
 
     #[test]

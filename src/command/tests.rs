@@ -131,8 +131,9 @@ fn every_row_takes_its_own_syntax_and_each_of_its_options() {
         for arg in row.args.iter().filter(|arg| arg.optional) {
             let line = format!("{shortest} {}", with_token(arg));
             match (row.name, arg.key()) {
-                // These go with an ID only.
+                // These go with another option only.
                 ("GOFLOW.ENQUEUE", "NX") => drop(planned(&format!("{line} ID a"))),
+                ("GOFLOW.ENQUEUE" | "GOFLOW.ENQUEUEMANY", "CONCURRENCY") => drop(planned(&format!("{line} GROUP a"))),
                 ("HELLO", token @ ("AUTH" | "SETNAME")) => drop(planned(&line.replace(token, &format!("3 {token}")))),
                 _ => drop(planned(&line)),
             }
@@ -224,7 +225,7 @@ fn the_syntax_is_written_as_the_contract_has_it() {
     assert_eq!(
         syntax_of("GOFLOW.ENQUEUE"),
         "queue payload [ID id] [TYPE name] [PRIORITY n] [DELAY ms | AT unix-ms] [ATTEMPTS n] [BACKOFF ms] \
-         [BACKOFFMAX ms] [TTL ms] [UNIQUE key ms] [META field value]... [SHARD name] [NX]"
+         [BACKOFFMAX ms] [TTL ms] [UNIQUE key ms] [GROUP key] [CONCURRENCY n] [META field value]... [SHARD name] [NX]"
     );
     assert_eq!(
         syntax_of("GOFLOW.DEQUEUE"),

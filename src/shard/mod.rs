@@ -34,6 +34,11 @@
 //!   has no trace), worker and start until the next lease.
 //! - A unique key is held from the enqueue until the job is over, dead, purged or deleted, or until its time is up. A
 //!   redrive takes it again; where another job holds it, that job stays dead and is not counted.
+//! - A job of a group has a *turn* while it stands in the line or is leased. It gets one when fewer jobs of its group than its
+//!   own bound have one, and enters the line at the place that it has; until then it is ready and not in the line. Who
+//!   waits longest by (higher priority, lower place) is next, and nobody overtakes it. With a bound of 1 a job that had a turn
+//!   keeps it while it is scheduled or ready after a FAIL, a RELEASE or a lapse. PEEK shows those that wait for a turn
+//!   behind the line, by (shorter, then smaller group, higher priority, lower place).
 //! - A job's ttl counts from its enqueue; a job that would become ready or scheduled after it is expired instead (a redrive
 //!   counts all the same, and takes no key). A leased job does not expire.
 //! - Before the ops of a queue are applied, what has fallen due in it is moved, at most [`TICK_JOBS_MAX`] jobs, in the
@@ -229,7 +234,7 @@ pub struct Stats {
     pub cancelled: u64,
     pub expired: u64,
     pub paused: bool,
-    /// Enqueue time of the job that is next in line.
+    /// Enqueue time of the job that is next in the line.
     pub oldest_ready_at: Option<UnixMs>,
     /// The shard's clock when this was read.
     pub now: UnixMs,
@@ -278,7 +283,7 @@ pub enum Outcome {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Effect {
     pub queue: Name,
-    /// Ready jobs after the batch; 0 when deliveries are paused.
+    /// Jobs that can be leased after the batch; 0 when deliveries are paused.
     pub ready: u64,
     /// Ready, leased and scheduled jobs after the batch: the load that placement looks at.
     pub load: u64,

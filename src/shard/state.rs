@@ -9,7 +9,7 @@
 //!  ├ Objects  the locks and semaphores by name                    keyed.rs
 //!  └ Turn   one queue's part of a batch: take, transition, put     turn.rs, its actions in ops.rs
 //!     ├ the outbox of the dead                                        outbox.rs
-//!     ├ Queue  orders, keys and counters of a queue, in memory      queue.rs, the ready ones in line.rs
+//!     ├ Queue  orders, keys and counters of a queue, in memory      queue.rs, the ready ones in line.rs and group.rs
 //!     ├ Job    header, detail, record                               job.rs
 //!     └ Rows   what is kept                                         rows.rs
 //! ```
@@ -26,9 +26,10 @@ use std::collections::hash_map::Entry;
 
 use crate::clock::UnixMs;
 use crate::error::{Error, Result};
-use crate::job::Name;
+use crate::job::{Name, flag};
 use crate::shard::{Action, Applied, DeathGroup, Op, Rules, Stamp};
 
+mod group;
 mod job;
 mod keyed;
 mod line;
@@ -81,7 +82,10 @@ impl<R: Rows> State<R> {
         rows.each(Table::Jobs, &mut |key, row| match key {
             Key::Job(number, seq) => queue_of(number, &mut |queue| {
                 let job = Job::decode(&row)?;
-                queue.enter(seq, &job);
+                // The record alone knows the group.
+                if !job.has(flag::GROUP) {
+                    queue.enter(seq, &job);
+                }
                 queue.jobs.insert(seq, job);
                 Ok(())
             }),
@@ -207,6 +211,13 @@ impl<R: Rows> State<R> {
 /// Takes the record of a job in; one without a row of its own is ready, and as its enqueue left it.
 fn load_record(queue: &mut Queue, seq: u64, row: &Bytes) -> Result<()> {
     let record = Record::decode(row)?;
+    if let Some(mut job) = queue.jobs.remove(&seq) {
+        if job.has(flag::GROUP) {
+            job.member = record.member();
+            queue.enter(seq, &job);
+        }
+        queue.jobs.insert(seq, job);
+    }
     if let Some(id) = &record.spec.policy.id {
         queue.ids.insert(id[..].into(), seq);
     }
@@ -282,6 +293,7 @@ mod tests {
                     ttl: [0, 0, 90][(a / 3 % 3) as usize],
                     id: (kind == 1).then(|| key("id", b % 4)),
                     unique: (kind <= 1).then(|| (key("key", a % 3), b % 2 * 60)),
+                    group: (kind >= 2 && a % 4 > 0).then(|| (key("group", a % 3), 1 + (b % 5 / 3) as u32)),
                     ..Policy::default()
                 };
                 let start = if kind == 4 { Start::Delay(b % 50) } else { Start::Now };

@@ -8,6 +8,7 @@
 
 mod dead;
 mod delivery;
+mod groups;
 pub mod keyguard;
 mod keys;
 mod life;

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::trial::Home;
-use super::{Case, dead, delivery, keys, life, locks, outbox, pages, run, time, verdicts};
+use super::{Case, dead, delivery, groups, keys, life, locks, outbox, pages, run, time, verdicts};
 use crate::support::servers::{Cluster, Flavour, Sentinels};
 
 fn suite() -> impl Iterator<Item = &'static Case> {
@@ -18,6 +18,7 @@ fn suite() -> impl Iterator<Item = &'static Case> {
         pages::CASES,
         life::CASES,
         locks::CASES,
+        groups::CASES,
     ];
     files.into_iter().flatten()
 }

@@ -109,7 +109,7 @@ pub fn check(action: &Action) -> Result<()> {
 
 fn is_plain(action: &Action) -> bool {
     matches!(action, Action::Enqueue { policy, start: Start::Now, .. }
-        if policy.priority == 0 && policy.ttl == 0 && policy.id.is_none() && policy.unique.is_none())
+        if policy.priority == 0 && policy.ttl == 0 && policy.id.is_none() && policy.unique.is_none() && policy.group.is_none())
 }
 
 impl Part {
@@ -432,8 +432,8 @@ fn state_char(state: JobState) -> &'static str {
 
 fn read_state(char: u8) -> Option<JobState> {
     Some(match char {
-        b'R' | b'r' => JobState::Ready,
-        b'S' => JobState::Scheduled,
+        b'R' | b'r' | b'B' => JobState::Ready,
+        b'S' | b's' => JobState::Scheduled,
         b'L' => JobState::Leased,
         b'D' => JobState::Dead,
         b'C' => JobState::Completed,

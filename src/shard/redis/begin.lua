@@ -12,13 +12,17 @@
 --   ready      list     seqs of priority 0 in the order of their places; holds ghosts: jobs that ended while they waited
 --   ranked     zset     ready seqs of other priorities, and those given back at their old place: -priority * 2^42 + place
 --   scheduled, leased, expiring, dead      zsets of seqs by due time, lease end, end of ttl, time of death
---   held       hash     "i" id -> seq; "u" unique key -> seq and the time until which it is held (0: no end)
+--   held       hash     "i" id -> seq; "u" unique key -> seq and the time until which it is held (0: no end);
+--                       "g" group -> how many of its jobs have a turn
+--   blocked    zset     ready jobs that wait for a turn of their group, all of score 0: group (2 and bytes),
+--                       1000 - priority (2), place (6), seq (6), the job's bound (4)
 --   completed, cancelled, expired          lists of the seqs that are kept, oldest first
 --   outbox     hash     key of a group of deaths -> its row, as `src/shard/outbox.rs` lays it out
 -- ARGV: the header, then the ops. The answer: {outcomes, ready, load, due (-1: nothing), now, deaths}.
 --
 -- A seq is 6 bytes big-endian, so that members of one score sort by number. A state record:
---   1 state: R ready in the list, r ready in `ranked`, S scheduled, L leased, D dead, C completed, X cancelled, E expired
+--   1 state: R ready in the list, r ready in `ranked`, B ready in `blocked`, S scheduled, s the same with its group's turn,
+--     L leased, D dead, C completed, X cancelled, E expired
 --   2 token (6)   8 flags of the record   9 last verdict: A ack, F fail, R release, P lapse, - none
 --   10 the state that the verdict answered   11 place (6), of jobs that are over the order in which they ended
 --   17 spent (4)   21 lapses (4)   25 redrives (4)   29 due time, lease end or time of the end (6)
@@ -30,7 +34,7 @@ local pack, parse = struct.pack, struct.unpack
 local spread = table.unpack or unpack
 local META, JOBS, STATE, READY, RANKED, SCHEDULED, LEASED = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local EXPIRING, DEAD, HELD, COMPLETED, CANCELLED, EXPIRED = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12], KEYS[13]
-local OUTBOX = KEYS[14]
+local OUTBOX, BLOCKED = KEYS[14], KEYS[15]
 local META_FORMAT = '<ddddddddddddddddddddddddddd'
 local META_BYTES = 216
 local TIME_MAX = 281474976710655 -- what 6 bytes hold
@@ -95,13 +99,18 @@ do
     ranked = ranked, -- members of `ranked`
     odd = odd, -- entries of the list `ready` that are ghosts or have a state record
     ttl = ttl, -- members of `expiring`
-    held = held, -- 1 once the queue has seen an id or a unique key
+    held = held, -- 1 once the queue has seen an id or a unique key, 2 more once it has seen a group
     ended = ended, -- counts what was put on the lists of the kept, so that the three have one order
     keep_until = keep_until, -- no kept job is too old before this
     due = due, -- when the next thing falls due; 0 for never
     deaths = deaths, -- that the groups in the outbox count
   }
 end
+-- Ready jobs that are not in the line; only those in the line are in `M.ready`.
+local function blocked()
+  return M.held >= 2 and call('ZCARD', BLOCKED) or 0
+end
+
 local ready_was = M.paused == 0 and M.ready or 0
 local deaths_was = M.deaths
 local at = 2 -- the next argument

@@ -78,4 +78,4 @@ if deaths_was == 0 and M.deaths > 0 then
   local channel, queue = parse('>I2c0I2c0', ARGV[1], 27)
   call('PUBLISH', channel, '*' .. queue)
 end
-return {outcomes, ready, M.ready + M.leased + M.scheduled, due == 0 and -1 or math.max(due - now, 0), now, M.deaths}
+return {outcomes, ready, M.ready + blocked() + M.leased + M.scheduled, due == 0 and -1 or math.max(due - now, 0), now, M.deaths}

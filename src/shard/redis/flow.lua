@@ -1,4 +1,4 @@
--- Jobs without an id, a unique key, a ttl, a priority or a delay.
+-- Jobs without an id, a unique key, a group, a ttl, a priority or a delay.
 -- ARGV: count, records. Answers the first seq.
 local function enqueue_plain()
   local count, seq, stamp = tonumber(ARGV[at]), M.seq, format('%013.0f', now)

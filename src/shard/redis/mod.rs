@@ -33,7 +33,7 @@ use crate::error::{Code, Error, Happened, Result};
 use crate::job::Name;
 
 /// The keys of a queue, by what follows their tag; in the order of the script's `KEYS`.
-const QUEUE_KEYS: [&str; 14] = [
+const QUEUE_KEYS: [&str; 15] = [
     "meta",
     "jobs",
     "state",
@@ -48,6 +48,7 @@ const QUEUE_KEYS: [&str; 14] = [
     "cancelled",
     "expired",
     "outbox",
+    "blocked",
 ];
 
 /// The script of a queue. Locks and semaphores have their own ([`keyed`]).

@@ -4,8 +4,10 @@ function make_rules()
   local rules = {}
   local KEPT = {C = COMPLETED, X = CANCELLED, E = EXPIRED}
   local KEPT_COUNT = {C = 'completed_kept', X = 'cancelled_kept', E = 'expired_kept'}
-  local INDEX = {r = RANKED, S = SCHEDULED, L = LEASED, D = DEAD}
-  local COUNT = {R = 'ready', r = 'ready', S = 'scheduled', L = 'leased', D = 'dead'}
+  local INDEX = {r = RANKED, S = SCHEDULED, s = SCHEDULED, L = LEASED, D = DEAD}
+  local COUNT = {R = 'ready', r = 'ready', S = 'scheduled', s = 'scheduled', L = 'leased', D = 'dead'}
+  -- The states in which a job of a group has a turn.
+  local TURN = {R = true, r = true, s = true, L = true}
   local PLACE_MAX = 4398046511104
 
   local function text(number)
@@ -89,6 +91,55 @@ function make_rules()
     return id, key, span
   end
 
+  -- The group, and how many of it may have a turn beside the job, itself included.
+  local function member_of(it)
+    if not it.group then
+      local position, _ = it.tail, nil
+      if has(it, 2) then
+        _, position = parse('>I2c0', it.record, position)
+      end
+      if has(it, 4) then
+        _, _, position = parse('>I2c0I8', it.record, position)
+      end
+      it.group, it.bound = parse('>I2c0I4', it.record, position)
+    end
+    return it.group, it.bound
+  end
+
+  local function rank_of(it)
+    local group, bound = member_of(it)
+    return pack('>I2c0I2I6', #group, group, 1000 - it.priority, it.place) .. it.job .. pack('>I4', bound)
+  end
+
+  local function give_turn(group)
+    if call('HINCRBY', HELD, 'g' .. group, '-1') == 0 then
+      call('HDEL', HELD, 'g' .. group)
+    end
+  end
+
+  -- Lets those of a group into the line, at the places that they have, for whom there is a turn.
+  local function admit(group)
+    local prefix = pack('>I2c0', #group, group)
+    while true do
+      local rank = call('ZRANGEBYLEX', BLOCKED, '[' .. prefix, '+', 'LIMIT', '0', '1')[1]
+      if not rank or sub(rank, 1, #prefix) ~= prefix then
+        return
+      end
+      local bound = parse('>I4', rank, #rank - 3)
+      if tonumber(call('HGET', HELD, 'g' .. group) or 0) >= bound then
+        return
+      end
+      local it = find(sub(rank, -10, -5))
+      call('ZREM', BLOCKED, rank)
+      call('HINCRBY', HELD, 'g' .. group, '1')
+      it.state = 'r'
+      M.ready = M.ready + 1
+      M.ranked = M.ranked + 1
+      call('ZADD', RANKED, text(it.place - it.priority * PLACE_MAX), it.job)
+      save(it)
+    end
+  end
+
   local function free_key(it)
     if has(it, 4) then
       local _, key = keys_of(it)
@@ -119,7 +170,15 @@ function make_rules()
   -- Takes a job out of where it waits, runs or lies.
   local function leave(it)
     local state = it.state
-    if state == 'R' then
+    if has(it, 8) then
+      it.turn = TURN[state]
+      if it.turn then
+        give_turn(member_of(it))
+      end
+    end
+    if state == 'B' then
+      call('ZREM', BLOCKED, rank_of(it))
+    elseif state == 'R' then
       shed = true
       if not it.stored then
         M.odd = M.odd + 1
@@ -130,10 +189,12 @@ function make_rules()
         M.ranked = M.ranked - 1
       end
     end
-    if it.ttl > 0 and (state == 'R' or state == 'r' or state == 'S') then
+    if it.ttl > 0 and state ~= 'L' and state ~= 'D' then
       M.ttl = M.ttl - call('ZREM', EXPIRING, it.job)
     end
-    M[COUNT[state]] = M[COUNT[state]] - 1
+    if COUNT[state] then
+      M[COUNT[state]] = M[COUNT[state]] - 1
+    end
   end
 
   local function expire_later(it)
@@ -146,6 +207,16 @@ function make_rules()
     return it.ttl > 0 and it.enqueued + it.ttl <= now
   end
 
+  -- Whether a job keeps the turn of its group: with a bound of 1 the others stay behind it, or the order would break.
+  local function keeps_turn(it)
+    local group, bound = member_of(it)
+    if it.turn and bound == 1 then
+      call('HINCRBY', HELD, 'g' .. group, '1')
+      return true
+    end
+    return false
+  end
+
   -- Ready at the end of the line, or `again` at the place that it had.
   local function make_ready(it, again)
     if not again then
@@ -153,7 +224,14 @@ function make_rules()
       it.place = M.seq
     end
     it.time = 0
-    if it.priority == 0 and not again then
+    if has(it, 8) and not keeps_turn(it) then
+      it.state = 'B'
+      call('ZADD', BLOCKED, '0', rank_of(it))
+      expire_later(it)
+      save(it)
+      admit(it.group)
+      return
+    elseif it.priority == 0 and not again then
       it.state = 'R'
       M.odd = M.odd + 1
       call('RPUSH', READY, it.job)
@@ -169,10 +247,16 @@ function make_rules()
 
   local function make_scheduled(it, due)
     it.state, it.time = 'S', due
+    if has(it, 8) and keeps_turn(it) then
+      it.state = 's'
+    end
     M.scheduled = M.scheduled + 1
     call('ZADD', SCHEDULED, text(due), it.job)
     expire_later(it)
     save(it)
+    if has(it, 8) then
+      admit(it.group)
+    end
   end
 
   local function make_over(it, state)
@@ -185,6 +269,9 @@ function make_rules()
     call('RPUSH', KEPT[state], it.job)
     M[KEPT_COUNT[state]] = M[KEPT_COUNT[state]] + 1
     save(it)
+    if has(it, 8) then
+      admit(member_of(it))
+    end
   end
 
   local function make_expired(it)
@@ -287,6 +374,9 @@ function make_rules()
     count_death(it)
     call('ZADD', DEAD, text(now), it.job)
     save(it)
+    if has(it, 8) then
+      admit(member_of(it))
+    end
   end
 
   -- `backoff_delay` of `src/job.rs`; exact, since every product is below 2^53 once it is capped.
@@ -302,12 +392,20 @@ function make_rules()
     if #seqs == 0 then
       return
     end
+    local freed = {}
     if M.held ~= 0 then
       local records = fetch(JOBS, seqs)
+      local states = M.held >= 2 and fetch(STATE, seqs) or {}
       for i = 1, #seqs do
         if records[i] then
           local it = read_head({job = seqs[i], flags = byte(records[i], 14) - 64}, records[i])
           free_key(it)
+          if has(it, 8) then
+            freed[#freed + 1] = member_of(it)
+            if not states[i] or TURN[sub(states[i], 1, 1)] then
+              give_turn(it.group)
+            end
+          end
           if has(it, 2) then
             call('HDEL', HELD, 'i' .. keys_of(it))
           end
@@ -319,6 +417,9 @@ function make_rules()
     end
     send('HDEL', JOBS, seqs)
     send('HDEL', STATE, seqs)
+    for i = 1, #freed do
+      admit(freed[i])
+    end
   end
 
   ------------------------------------------------------------------------------------------------ for flow.lua
@@ -341,6 +442,54 @@ function make_rules()
           end
         end
       end
+    end
+    -- Those of priority 0 in `ranked` were at the head of the list before, so that they come before all of it, but for the
+    -- ones that a group has let in: these are merged with the list by their places.
+    local function take_merged()
+      local old = call('ZRANGEBYSCORE', RANKED, '0', '(' .. text(PLACE_MAX), 'WITHSCORES', 'LIMIT', '0', text(count - n))
+      local next, gone = 1, {}
+      local function take_old(before)
+        while old[next] and n < count and tonumber(old[next + 1]) < before do
+          local job = old[next]
+          gone[#gone + 1] = job
+          keep(job, call('HGET', JOBS, job), call('HGET', STATE, job))
+          next = next + 2
+        end
+      end
+      while n < count do
+        local heads, passed = call('LRANGE', READY, '0', text(count - n - 1)), 0
+        local records, states = fetch(JOBS, heads), fetch(STATE, heads)
+        for i = 1, #heads do
+          local record, state = records[i], states[i]
+          if record and (not state or byte(state) == 82) then
+            take_old(parse('>I6', state or heads[i], state and 11 or 1))
+            if n == count then
+              break
+            end
+            keep(heads[i], record, state)
+          end
+          if state or not record then
+            M.odd = M.odd - 1
+          end
+          passed = i
+        end
+        if passed > 0 then
+          call('LPOP', READY, text(passed))
+        end
+        if #heads == 0 then
+          break
+        end
+      end
+      take_old(PLACE_MAX)
+      if #gone > 0 then
+        M.ranked = M.ranked - send('ZREM', RANKED, gone)
+      end
+    end
+    if M.held >= 2 then
+      take_ranked('(0')
+      take_merged()
+      take_ranked('+inf')
+      return seqs, records, states
     end
     take_ranked('(' .. text(PLACE_MAX))
     while n < count do
@@ -378,11 +527,16 @@ function make_rules()
     return table.concat(spent)
   end
 
+  -- What a job that is completed holds of others: its unique key, and the turn of its group.
   function rules.free_key(job, state)
-    if math.floor((byte(state, 8) - 64) / 4) % 2 == 1 then
+    if math.floor((byte(state, 8) - 64) / 4) % 4 > 0 then
       local it = find(job)
       if it then
         free_key(it)
+        if has(it, 8) then
+          give_turn(member_of(it))
+          admit(it.group)
+        end
       end
     end
   end
@@ -393,7 +547,7 @@ function make_rules()
     if verdict == 'A' then
       return '1'
     end
-    if verdict ~= 'P' or not COUNT[sub(state, 1, 1)] then
+    if verdict ~= 'P' or KEPT[sub(state, 1, 1)] then
       return '0'
     end
     local it = find(job)
@@ -451,7 +605,8 @@ function make_rules()
         local records, states = fetch(JOBS, found), fetch(STATE, found)
         for i = 1, #found do
           if records[i] then
-            change(job_of(found[i], records[i], states[i]))
+            -- One before it may have let it into the line.
+            change(M.held >= 2 and find(found[i]) or job_of(found[i], records[i], states[i]))
           end
         end
       end
@@ -588,13 +743,18 @@ function make_rules()
         if key ~= '' then
           hold_key(job, key, span)
         end
-        if id ~= '' or key ~= '' then
-          M.held = 1
+        if (id ~= '' or key ~= '') and M.held % 2 == 0 then
+          M.held = M.held + 1
+        end
+        if has(it, 8) and M.held < 2 then
+          M.held = M.held + 2
         end
         local due = mode == 'd' and after(when) or mode == 'a' and when or 0
         if due > now then
           it.place = 0
           make_scheduled(it, due)
+        elseif has(it, 8) then
+          make_ready(it, true)
         else
           M.ready = M.ready + 1
           if it.priority == 0 then
@@ -715,25 +875,67 @@ function make_rules()
     return page
   end
 
-  local function ready_page(offset, count)
+  -- Those of priority 0: `old` ones of `ranked` and those of the list, by their places.
+  local function level_page(old, offset, count)
+    if old == 0 then
+      return list_page(offset, count)
+    end
+    local border, reach = '(' .. text(PLACE_MAX), math.min(offset, 20 * bulk_max) + count
+    local ranked = call('ZRANGEBYSCORE', RANKED, '0', border, 'WITHSCORES', 'LIMIT', '0', text(reach))
+    local list = list_page(0, reach)
+    local states, page, next = fetch(STATE, list), {}, 1
+    for i = 1, #list do
+      local place = parse('>I6', states[i] or list[i], states[i] and 11 or 1)
+      while ranked[next] and tonumber(ranked[next + 1]) < place do
+        page[#page + 1] = ranked[next]
+        next = next + 2
+      end
+      page[#page + 1] = list[i]
+    end
+    while ranked[next] do
+      page[#page + 1] = ranked[next]
+      next = next + 2
+    end
+    return {spread(page, offset + 1, math.min(offset + count, #page))}
+  end
+
+  local function line_page(offset, count)
     local page = {}
-    local function add(seqs)
-      for i = 1, #seqs do
-        page[#page + 1] = seqs[i]
+    -- What a part of the line, of so many jobs, adds to the page.
+    local function add(size, show)
+      if #page < count and offset < size then
+        local seqs = show(offset, count - #page)
+        for i = 1, #seqs do
+          page[#page + 1] = seqs[i]
+        end
+      end
+      offset = math.max(offset - size, 0)
+    end
+    local function ranked(from, to)
+      return function(first, most)
+        return call('ZRANGEBYSCORE', RANKED, from, to, 'LIMIT', text(first), text(most))
       end
     end
-    local border = '(' .. text(PLACE_MAX)
-    local before = M.ranked > 0 and call('ZCOUNT', RANKED, '-inf', border) or 0
-    if offset < before then
-      add(call('ZRANGEBYSCORE', RANKED, '-inf', border, 'LIMIT', text(offset), text(count)))
-    end
-    local listed = M.ready - M.ranked
-    if #page < count and offset + #page < before + listed then
-      add(list_page(math.max(offset - before, 0), count - #page))
-    end
-    if #page < count and M.ranked > before then
-      local from = math.max(offset + #page - before - listed, 0)
-      add(call('ZRANGEBYSCORE', RANKED, text(PLACE_MAX), '+inf', 'LIMIT', text(from), text(count - #page)))
+    local border = text(PLACE_MAX)
+    local above = M.ranked > 0 and call('ZCOUNT', RANKED, '-inf', '(0') or 0
+    local level = M.ranked > 0 and call('ZCOUNT', RANKED, '0', '(' .. border) or 0
+    add(above, ranked('-inf', '(0'))
+    add(level + M.ready - M.ranked, function(first, most)
+      return level_page(level, first, most)
+    end)
+    add(M.ranked - above - level, ranked(border, '+inf'))
+    return page
+  end
+
+  -- The line, and behind it those that wait for a turn.
+  local function ready_page(offset, count)
+    local page = line_page(offset, count)
+    local from = math.max(offset - M.ready, 0)
+    if M.held >= 2 and #page < count then
+      local ranks = call('ZRANGE', BLOCKED, text(from), text(from + count - #page - 1))
+      for i = 1, #ranks do
+        page[#page + 1] = sub(ranks[i], -10, -5)
+      end
     end
     return page
   end
@@ -752,7 +954,7 @@ function make_rules()
   end
 
   local function count_of(state)
-    return M[COUNT[state] or KEPT_COUNT[state]]
+    return M[COUNT[state] or KEPT_COUNT[state]] + (state == 'R' and blocked() or 0)
   end
 
   local function peek()
@@ -773,10 +975,10 @@ function make_rules()
   end
 
   local function stats()
-    local first = M.ready > 0 and ready_page(0, 1)[1]
+    local first = M.ready > 0 and line_page(0, 1)[1]
     local record = first and call('HGET', JOBS, first)
     return {
-      M.ready, M.scheduled, M.leased, M.dead, M.completed_kept, M.cancelled_kept, M.expired_kept, M.enqueued, M.delivered,
+      M.ready + blocked(), M.scheduled, M.leased, M.dead, M.completed_kept, M.cancelled_kept, M.expired_kept, M.enqueued, M.delivered,
       M.completed, M.failed, M.lapsed, M.released, M.died, M.redriven, M.cancelled, M.expired, M.paused,
       record and tonumber(sub(record, 1, 13)) or -1,
     }
@@ -793,8 +995,15 @@ function make_rules()
     if count == 0 then
       return {0, -1}
     elseif state == 'R' then
-      seqs = rules.take(count)
+      seqs = rules.take(math.min(count, M.ready))
       M.ready = M.ready - #seqs
+      local ranks = #seqs < count and call('ZRANGE', BLOCKED, '0', text(count - #seqs - 1)) or {}
+      for i = 1, #ranks do
+        seqs[#seqs + 1] = sub(ranks[i], -10, -5)
+      end
+      if #ranks > 0 then
+        send('ZREM', BLOCKED, ranks)
+      end
     elseif KEPT[state] then
       seqs = call('LPOP', KEPT[state], text(count))
       M[KEPT_COUNT[state]] = M[KEPT_COUNT[state]] - #seqs

@@ -5,7 +5,9 @@
 //! Whoever changes the layout raises the format of the embedded store.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use std::sync::Arc;
 
+use super::group::Member;
 use crate::clock::UnixMs;
 use crate::error::{Error, Happened, Result};
 use crate::job::{JobState, JobView, Spec, flag};
@@ -14,6 +16,8 @@ use crate::job::{JobState, JobView, Spec, flag};
 pub const NUMBER_MAX: u64 = (1 << 48) - 1;
 /// Digits of the enqueue time before the record.
 const TIME_DIGITS: usize = 13;
+/// Among the flags of a job with a group: it has a turn.
+const TURN: u8 = 64;
 /// The fixed part of a row.
 const HEADER_BYTES: usize = 38;
 
@@ -32,8 +36,10 @@ pub enum Last {
 pub struct Job {
     pub state: JobState,
     pub last: Last,
-    /// Flags of the record: which keys the job has.
+    /// Flags of the record: which keys the job has. And [`TURN`].
     pub flags: u8,
+    /// Its group; not in the row, but in the record.
+    pub member: Option<Arc<Member>>,
     /// The row holds nothing but this header.
     pub is_bare: bool,
     pub priority: i16,
@@ -92,6 +98,13 @@ impl Record {
         read().ok_or_else(|| broken("the record of a job cannot be read"))
     }
 
+    /// The group that the job is of.
+    pub fn member(&self) -> Option<Arc<Member>> {
+        let (key, bound) = self.spec.policy.group.as_ref()?;
+        // A copy: the key may be a part of a large request or row.
+        Some(Arc::new(Member { key: Bytes::copy_from_slice(key), bound: *bound }))
+    }
+
     pub fn expires_at(&self) -> UnixMs {
         match self.spec.policy.ttl {
             0 => 0,
@@ -108,7 +121,10 @@ impl Job {
         Job {
             state: JobState::Ready,
             last: Last::Nothing,
-            flags: bit(policy.id.is_some(), flag::ID) | bit(policy.unique.is_some(), flag::UNIQUE),
+            flags: bit(policy.id.is_some(), flag::ID)
+                | bit(policy.unique.is_some(), flag::UNIQUE)
+                | bit(policy.group.is_some(), flag::GROUP),
+            member: record.member(),
             is_bare: true,
             priority: policy.priority,
             spent: 0,
@@ -127,6 +143,19 @@ impl Job {
 
     pub fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
+    }
+
+    pub fn has_turn(&self) -> bool {
+        self.has(TURN)
+    }
+
+    pub fn set_turn(&mut self, has_turn: bool) {
+        self.flags = if has_turn { self.flags | TURN } else { self.flags & !TURN };
+    }
+
+    /// Ready, and not in the line because its group has no turn for it.
+    pub fn is_blocked(&self) -> bool {
+        self.state == JobState::Ready && self.has(flag::GROUP) && !self.has_turn()
     }
 
     /// The detail, which whoever takes the job has read from its row.
@@ -193,6 +222,7 @@ impl Job {
             state,
             last,
             flags: rest.get_u8(),
+            member: None,
             is_bare: row.len() == HEADER_BYTES,
             priority: rest.get_i16(),
             spent: rest.get_u32(),

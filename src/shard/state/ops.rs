@@ -87,8 +87,8 @@ impl<R: Rows> Turn<'_, R> {
             Start::At(at) => Some(at.min(super::job::NUMBER_MAX)),
         };
         let due_at = due_at.filter(|at| *at > self.now);
-        let add = |payload| Placed::Added(self.add(Spec { policy: policy.clone(), payload }, due_at));
-        Ok(Outcome::Enqueued(payloads.into_iter().map(add).collect()))
+        let add = |payload| self.add(Spec { policy: policy.clone(), payload }, due_at).map(Placed::Added);
+        payloads.into_iter().map(add).collect::<Result<_>>().map(Outcome::Enqueued)
     }
 
     fn lease(&mut self, tokens: &[u64], lease_ms: Millis, worker: &Bytes) -> Result<Outcome> {

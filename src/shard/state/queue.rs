@@ -6,6 +6,7 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
+use super::group::Groups;
 use super::job::{Job, broken};
 use super::line::{Dense, Line};
 use crate::clock::UnixMs;
@@ -68,6 +69,8 @@ pub struct Queue {
     /// Jobs that are: ready, at the place that is their seq, and without a row of their own.
     pub pristine: Dense,
     pub line: Line,
+    /// Ready jobs that are not in the line, and who keeps them from it.
+    pub groups: Groups,
     /// By due time, lease end and time of death.
     pub scheduled: BTreeSet<(UnixMs, u64)>,
     pub leased: BTreeSet<(UnixMs, u64)>,
@@ -101,6 +104,7 @@ impl Queue {
             jobs: Map::default(),
             pristine: Dense::default(),
             line: Line::default(),
+            groups: Groups::default(),
             scheduled: BTreeSet::new(),
             leased: BTreeSet::new(),
             dead: BTreeSet::new(),
@@ -147,7 +151,7 @@ impl Queue {
 
     pub fn count(&self, state: JobState) -> u64 {
         match state {
-            JobState::Ready => self.line.len(),
+            JobState::Ready => self.line.len() + self.groups.blocked(),
             JobState::Scheduled => self.scheduled.len() as u64,
             JobState::Leased => self.leased.len() as u64,
             JobState::Dead => self.dead.len() as u64,
@@ -166,12 +170,19 @@ impl Queue {
 
     /// Puts a job into the order of its state.
     pub fn enter(&mut self, seq: u64, job: &Job) {
-        match job.state {
-            JobState::Ready => self.line.insert(job.priority, job.place, seq),
-            JobState::Scheduled => drop(self.scheduled.insert((job.at, seq))),
-            JobState::Leased => drop(self.leased.insert((job.at, seq))),
-            JobState::Dead => drop(self.dead.insert((job.at, seq))),
-            over => self.over[over_index(over)].push_back((job.place, seq)),
+        let member = job.member.as_ref();
+        if let Some(member) = member.filter(|_| job.has_turn()) {
+            self.groups.take_turn(member);
+        }
+        match (job.state, member) {
+            (JobState::Ready, Some(member)) if job.is_blocked() => {
+                self.groups.block(member, job.priority, job.place, seq);
+            }
+            (JobState::Ready, _) => self.line.insert(job.priority, job.place, seq),
+            (JobState::Scheduled, _) => drop(self.scheduled.insert((job.at, seq))),
+            (JobState::Leased, _) => drop(self.leased.insert((job.at, seq))),
+            (JobState::Dead, _) => drop(self.dead.insert((job.at, seq))),
+            (over, _) => self.over[over_index(over)].push_back((job.place, seq)),
         }
         if job.expires_at != 0 && matches!(job.state, JobState::Ready | JobState::Scheduled) {
             self.expiring.insert((job.expires_at, seq));
@@ -180,12 +191,19 @@ impl Queue {
 
     /// Takes a job out of the order of its state.
     pub fn leave(&mut self, seq: u64, job: &Job) {
-        match job.state {
-            JobState::Ready => self.line.remove(job.priority, job.place),
-            JobState::Scheduled => drop(self.scheduled.remove(&(job.at, seq))),
-            JobState::Leased => drop(self.leased.remove(&(job.at, seq))),
-            JobState::Dead => drop(self.dead.remove(&(job.at, seq))),
-            over => {
+        let member = job.member.as_ref();
+        if let Some(member) = member.filter(|_| job.has_turn()) {
+            self.groups.give_turn(member);
+        }
+        match (job.state, member) {
+            (JobState::Ready, Some(member)) if job.is_blocked() => {
+                self.groups.unblock(member, job.priority, job.place);
+            }
+            (JobState::Ready, _) => self.line.remove(job.priority, job.place),
+            (JobState::Scheduled, _) => drop(self.scheduled.remove(&(job.at, seq))),
+            (JobState::Leased, _) => drop(self.leased.remove(&(job.at, seq))),
+            (JobState::Dead, _) => drop(self.dead.remove(&(job.at, seq))),
+            (over, _) => {
                 let jobs = &mut self.over[over_index(over)];
                 // Retention and PURGE take from the front.
                 if jobs.front() == Some(&(job.place, seq)) {
@@ -214,7 +232,11 @@ impl Queue {
         let skip = offset as usize;
         let seq = |entry: &(u64, u64)| entry.1;
         match state {
-            JobState::Ready => self.line.page(offset, count),
+            JobState::Ready => {
+                let mut page = self.line.page(offset, count);
+                page.extend(self.groups.page(offset.saturating_sub(self.line.len()), count - page.len()));
+                page
+            }
             JobState::Scheduled => self.scheduled.iter().skip(skip).take(count).map(seq).collect(),
             JobState::Leased => self.leased.iter().skip(skip).take(count).map(seq).collect(),
             JobState::Dead => self.dead.iter().rev().skip(skip).take(count).map(seq).collect(),

@@ -72,11 +72,13 @@ impl<R: Rows> Turn<'_, R> {
             self.queue.is_dirty = false;
             self.queue.is_stored = true;
         }
-        let ready = self.queue.count(JobState::Ready);
+        let ready = self.queue.line.len();
         Ok(Effect {
             queue: self.queue.name.clone(),
             ready: if self.queue.is_paused { 0 } else { ready },
-            load: ready + self.queue.count(JobState::Leased) + self.queue.count(JobState::Scheduled),
+            load: self.queue.count(JobState::Ready)
+                + self.queue.count(JobState::Leased)
+                + self.queue.count(JobState::Scheduled),
             due_in: self.queue.due_at().map(|at| at.saturating_sub(self.now)),
             deaths: self.queue.deaths,
         })
@@ -154,13 +156,37 @@ impl<R: Rows> Turn<'_, R> {
         if job.state == JobState::Dead {
             self.count_death(seq, &job)?;
         }
+        let member = job.member.clone();
+        if let Some(member) = &member {
+            job.set_turn(match job.state {
+                JobState::Leased => true,
+                // With a bound of 1 the others stay behind it, or the order would break.
+                JobState::Ready | JobState::Scheduled => job.has_turn() && member.bound == 1,
+                _ => false,
+            });
+        }
         if job.has(flag::UNIQUE) && (job.state.is_over() || job.state == JobState::Dead) {
             self.free_unique(seq)?;
         }
         let state = job.state;
         self.queue.enter(seq, &job);
         self.put(seq, job);
+        if let Some(member) = member.filter(|_| state != JobState::Leased) {
+            self.admit(&member.key)?;
+        }
         Ok(state)
+    }
+
+    /// Lets those into the line, at the places that they have, for whom their group has a turn.
+    fn admit(&mut self, group: &Bytes) -> Result<()> {
+        while let Some(seq) = self.queue.groups.next(group) {
+            let mut job = self.known(seq)?;
+            self.queue.leave(seq, &job);
+            job.set_turn(true);
+            self.queue.enter(seq, &job);
+            self.put(seq, job);
+        }
+        Ok(())
     }
 
     fn count(&mut self, cause: Cause, state: JobState) {
@@ -183,7 +209,7 @@ impl<R: Rows> Turn<'_, R> {
     }
 
     /// Adds a job, ready or scheduled.
-    pub fn add(&mut self, spec: Spec, due_at: Option<UnixMs>) -> u64 {
+    pub fn add(&mut self, spec: Spec, due_at: Option<UnixMs>) -> Result<u64> {
         let seq = self.queue.next();
         let row = Record::encode(self.now, &spec);
         let record = Record { enqueued_at: self.now, spec };
@@ -201,11 +227,15 @@ impl<R: Rows> Turn<'_, R> {
             (job.state, job.at, job.place) = (JobState::Scheduled, due_at, 0);
         }
         self.queue.enter(seq, &job);
-        match job.state {
-            JobState::Ready => self.queue.pristine.insert(seq),
+        match (job.state, job.member.clone()) {
+            (JobState::Ready, None) => self.queue.pristine.insert(seq),
+            (JobState::Ready, Some(member)) => {
+                self.put(seq, job);
+                self.admit(&member.key)?;
+            }
             _ => self.put(seq, job),
         }
-        seq
+        Ok(seq)
     }
 
     /// Removes a job and all trace of it.
@@ -225,7 +255,7 @@ impl<R: Rows> Turn<'_, R> {
             self.rows.delete(Key::Job(self.queue.number, seq));
         }
         self.queue.is_dirty = true;
-        Ok(())
+        job.member.map_or(Ok(()), |member| self.admit(&member.key))
     }
 
     /// Puts a job that was taken back and writes its row. Only a leased job keeps its detail in memory.
