@@ -25,6 +25,7 @@ lint:
 SEED := $(shell date +%s)
 JOBS = 200000
 KILLS = 40
+STORM = 10000
 
 soak:
 	GOFLOW_PATIENCE_S=3600 GOFLOW_MODEL_STEPS=$(JOBS) GOFLOW_MODEL_SEED=$(SEED) GOFLOW_LOSS_JOBS=$(JOBS) GOFLOW_LOSS_KILLS=$(KILLS) \
@@ -37,6 +38,8 @@ soak:
 	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 routing:: waiting:: flat:: http::
 	GOFLOW_PATIENCE_S=3600 GOFLOW_DURABLE_KILLS=50 \
 	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 durable::
+	GOFLOW_PATIENCE_S=3600 GOFLOW_STORM_DEATHS=$(STORM) GOFLOW_STORM_MS=5000 \
+	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 alerts::
 
 bench:
 	$(CARGO) run --release -- bench

@@ -8,7 +8,7 @@
 //! What is unknown or wrong is refused with its place named: line and column of the file, the variable, or the flag.
 //! [`Config::load`] checks everything that can be checked without a socket, and reads the secrets that files hold.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,7 @@ use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize, Serializer};
 use toml::{Table, Value};
 
+use crate::alert::Alerts;
 use crate::clock::Millis;
 use crate::command::Limits;
 use crate::dispatch::router::Strategy;
@@ -27,8 +28,10 @@ use crate::job::{Policy, is_shard_name};
 use crate::resp::request::{self, Bounds};
 use crate::shard::{Retention, Rules};
 
+mod alert;
 mod webhook;
 
+pub use alert::{AlertConfig, SinkConfig};
 pub use webhook::WebhookConfig;
 
 /// The variables of lists: their name and the setting that they replace as a whole.
@@ -68,6 +71,8 @@ pub struct Config {
     pub forward: ForwardConfig,
     pub list: Vec<ListConfig>,
     pub webhook: Vec<WebhookConfig>,
+    pub sink: Vec<SinkConfig>,
+    pub alert: Vec<AlertConfig>,
     /// Never empty once loaded.
     pub shard: Vec<ShardConfig>,
 }
@@ -89,6 +94,8 @@ impl Default for Config {
             forward: ForwardConfig::default(),
             list: Vec::new(),
             webhook: Vec::new(),
+            sink: Vec::new(),
+            alert: Vec::new(),
             shard: Vec::new(),
         }
     }
@@ -726,11 +733,11 @@ impl Config {
         }
         let mut config = Config::deserialize(table).map_err(|error| ConfigError(error.message().to_string()))?;
         webhook::read_secrets(&mut config.webhook, &others)?;
-        config.checked()
+        config.checked(&others.into_iter().collect())
     }
 
     /// What can only be said of the whole; reads the files of secrets.
-    fn checked(mut self) -> Result<Config, ConfigError> {
+    fn checked(mut self, environment: &HashMap<String, String>) -> Result<Config, ConfigError> {
         if self.shard.is_empty() {
             let url = ShardUrl::Embedded { dir: "./goflow-data".into() };
             self.shard.push(ShardConfig { name: "s1".into(), url, weight: 1, password_file: PathBuf::new() });
@@ -738,6 +745,7 @@ impl Config {
         self.check_shards()?;
         self.check_users()?;
         self.hooks()?;
+        alert::check(&mut self.sink, &self.alert, environment)?;
         let (limits, queue) = (&self.limits, &self.queue);
         let pairs = [
             ("queue.lease_ms", queue.lease_ms, "limits.lease_ms_max", limits.lease_ms_max),
@@ -864,6 +872,11 @@ impl Config {
         }
         shown.sort();
         shown
+    }
+
+    /// The alert rules and their sinks.
+    pub fn alerts(&self) -> Result<Alerts, ConfigError> {
+        alert::alerts(&self.sink, &self.alert)
     }
 
     /// What shards go by.

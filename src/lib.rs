@@ -6,7 +6,7 @@
 //! 7 server config cli main          wiring, checked configuration, subcommands
 //! 6 session http                    one client; metrics, health, jobs over HTTP
 //! 5 process                         what all sessions share
-//! 4 execute clients                 plans meet lanes; the connections
+//! 4 execute clients alert           plans meet lanes; the connections; telling people of deaths
 //! 3 forward                         ordinary commands meet servers
 //! 2 command · dispatch              rows and plans · lanes, tickets, placement
 //! 1 shard                           memory, embedded, redis behind one seam
@@ -15,6 +15,7 @@
 //!
 //! `ARCHITECTURE.md` tells the way of a request, and where each law is kept.
 
+pub mod alert;
 pub mod cli;
 pub mod clients;
 pub mod clock;

@@ -127,6 +127,9 @@ declare! {
     BATCH_SIZE = histogram("goflow_batch_ops", &["shard"], BATCH_OPS, "Operations in one batch to a shard.");
     BATCH_DURATION = histogram("goflow_batch_duration_seconds", &["shard"], REQUEST_SECONDS,
         "Round trip of one batch to a shard.");
+    ALERTS_SENT = counter("goflow_alerts_sent_total", &["sink"], "Alert messages that a sink has taken from this proxy.");
+    ALERTS_FAILED = counter("goflow_alerts_failed_total", &["sink"], "Attempts to deliver an alert that failed; each is tried again.");
+    ALERTS_LEADING = gauge("goflow_alerts_leading", &[], "1 on the proxy that delivers alerts.");
     DRAINING = gauge("goflow_draining", &[], "1 while the process drains before its end.");
     BUILD_INFO = gauge("goflow_build_info", &["version", "profile"], "1; what was built.");
 }
@@ -216,6 +219,9 @@ pub struct Metrics {
     pub bytes_received: IntCounter,
     pub bytes_sent: IntCounter,
     pub draining: IntGauge,
+    pub alerts_leading: IntGauge,
+    alerts_sent: IntCounterVec,
+    alerts_failed: IntCounterVec,
     sampled: Arc<Sampled>,
 }
 
@@ -301,6 +307,9 @@ impl Metrics {
             bytes_received: build.counter(BYTES_RECEIVED)?,
             bytes_sent: build.counter(BYTES_SENT)?,
             draining: build.gauge(DRAINING)?,
+            alerts_leading: build.gauge(ALERTS_LEADING)?,
+            alerts_sent: build.counters(ALERTS_SENT)?,
+            alerts_failed: build.counters(ALERTS_FAILED)?,
             sampled,
             registry: build.registry,
         })
@@ -328,6 +337,20 @@ impl Metrics {
             batch_ops: families.batch_ops.with_label_values(label),
             batch_seconds: families.batch_seconds.with_label_values(label),
         }
+    }
+
+    /// Shows a sink of the configuration, before anything was sent there.
+    pub fn alert_sink(&self, sink: &str) {
+        self.alerts_sent.with_label_values(&[sink]);
+        self.alerts_failed.with_label_values(&[sink]);
+    }
+
+    pub fn alert_sent(&self, sink: &str) {
+        self.alerts_sent.with_label_values(&[sink]).inc();
+    }
+
+    pub fn alert_failed(&self, sink: &str) {
+        self.alerts_failed.with_label_values(&[sink]).inc();
     }
 
     /// A shard that left the map has no figures any more.
@@ -567,6 +590,7 @@ mod tests {
         metrics.command(1, Duration::from_millis(1));
         metrics.shard("s1");
         metrics.webhook("/hooks/x", "accepted");
+        metrics.alert_sink("ops");
         metrics.publish(
             "s1",
             ShardSample { queues: vec![(name("q"), QueueSample { ready: 1, ..QueueSample::default() })] },

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::alert::SharedAlerts;
 use crate::clients::Clients;
 use crate::clock;
 use crate::command::admin::Totals;
@@ -72,6 +73,7 @@ pub fn same(a: &[u8], b: &[u8]) -> bool {
 /// The shared part of all sessions.
 pub struct Process {
     pub dispatcher: Arc<Dispatcher>,
+    pub alerts: SharedAlerts,
     pub forwarding: Arc<Forwarding>,
     /// Which lists are queues.
     pub lists: Vec<Rule>,
@@ -191,6 +193,14 @@ impl Process {
             Ask::SlowReset => {
                 self.slowlog.reset();
                 Answer::reply(Reply::OK)
+            }
+            Ask::Alerts => {
+                let process = self.clone();
+                Answer::Later(Box::pin(async move { Ok(process.alerts.list(&process.dispatcher).await).into() }))
+            }
+            Ask::AlertTest { name } => {
+                let process = self.clone();
+                Answer::Later(Box::pin(async move { process.alerts.test(&name).await.into() }))
             }
             Ask::Time => {
                 let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();

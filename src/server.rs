@@ -19,6 +19,7 @@ use tokio::runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::alert::{Alerts, teller};
 use crate::clients::Clients;
 use crate::command::{self, Limits, ordinary};
 use crate::dispatch::router::Strategy;
@@ -61,6 +62,7 @@ pub struct Setup {
     pub lists: Vec<Rule>,
     /// Paths whose deliveries become jobs.
     pub webhooks: Vec<http::webhook::Hook>,
+    pub alerts: Alerts,
 }
 
 /// Serves until a signal ends it. An error says why it could not start.
@@ -74,6 +76,7 @@ pub fn serve(setup: Setup) -> io::Result<()> {
     let dispatcher = Arc::new(dispatcher);
     let process = Arc::new(Process {
         lists: setup.lists,
+        alerts: Arc::new(setup.alerts),
         forwarding: Forwarding::new(dispatcher.clone(), setup.allowed),
         dispatcher,
         limits: Arc::new(setup.limits),
@@ -122,6 +125,10 @@ pub fn serve(setup: Setup) -> io::Result<()> {
                     tokio::spawn(lane.run(process.metrics.clone()));
                 }
                 drop(ready);
+                if number == 0 && !process.alerts.rules.is_empty() {
+                    let (alerts, dispatcher) = (process.alerts.clone(), process.dispatcher.clone());
+                    tokio::spawn(teller::run(alerts, dispatcher, process.metrics.clone(), holder.clone()));
+                }
                 let beating = process.clone();
                 tokio::spawn(async move { beating.pulse.beat(number).await });
                 let listener = TcpListener::from_std(listener)?;

@@ -1,6 +1,8 @@
 //! The integration tests: one binary, one module for each kind of promise.
 #![allow(clippy::unwrap_used, reason = "a test that meets what it did not expect should stop there")]
 
+/// People hear of dead jobs once, not never and not ten thousand times, whoever is killed.
+mod alerts;
 /// At a bound the client is told which, and the rest goes on.
 mod bounds;
 /// Stock clients, unmodified: run for real, or replayed as they connect.

@@ -89,5 +89,6 @@ fn setup(config: &Config, shards: Vec<ShardEntry>) -> Result<Setup, ConfigError>
         allowed: config.forward.allowed(),
         lists: config.list.iter().map(ListConfig::rule).collect(),
         webhooks: config.hooks()?,
+        alerts: config.alerts()?,
     })
 }

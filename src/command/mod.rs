@@ -9,6 +9,7 @@
 //! file, and its rows in [`FAMILIES`].
 
 pub mod admin;
+pub mod alert;
 pub mod args;
 pub mod connection;
 pub mod dead;
@@ -230,6 +231,12 @@ pub enum Ask {
     },
     SlowCount,
     SlowReset,
+    /// The alert rules, and how their deliveries went.
+    Alerts,
+    /// Sends a test through the sinks of a rule.
+    AlertTest {
+        name: Box<str>,
+    },
     /// The statistics of every queue on every shard, added up by [`admin::totals`].
     Totals,
 }
@@ -364,7 +371,7 @@ impl Spec {
 }
 
 /// All rows, family by family.
-pub static FAMILIES: &[&[Spec]] = &[job::ROWS, dead::ROWS, lock::ROWS, admin::ROWS, connection::ROWS];
+pub static FAMILIES: &[&[Spec]] = &[job::ROWS, dead::ROWS, lock::ROWS, admin::ROWS, alert::ROWS, connection::ROWS];
 
 /// A [`Spec`] with what is worked out from it once.
 pub struct Row {

@@ -6,6 +6,7 @@
 pub mod fleet;
 pub mod goflow;
 pub mod process;
+pub mod recorder;
 pub mod servers;
 pub mod wire;
 
