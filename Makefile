@@ -4,11 +4,12 @@
 # soak   the model test, the recovery, loss, fleet and group tests, long; placement, waiting, flat cost and ordinary commands at full size
 # bench  the load generator against a server of its own
 # speed  what a job costs in every shape, beside beanstalkd where that is installed: medians of five
+# forward  CPU time for each forwarded request beside nutcracker (apt-get install nutcracker)
 
 CARGO ?= cargo
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 
-.PHONY: run test lint soak bench speed tools
+.PHONY: run test lint soak bench speed forward tools
 
 run:
 	$(CARGO) run --release -- serve
@@ -36,8 +37,9 @@ soak:
 	  GOFLOW_WAITING_WORKERS=1000 GOFLOW_WAITING_JOBS=10000 GOFLOW_WAITING_IDLE_S=20 GOFLOW_WAITING_BOUNDS=1 \
 	  GOFLOW_FLAT_DEPTH=1000000 GOFLOW_FLAT_BOUNDS=1 GOFLOW_SERIES_QUEUES=10000 \
 	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 routing:: waiting:: flat:: http::
-	GOFLOW_PATIENCE_S=3600 GOFLOW_DURABLE_KILLS=50 \
-	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 durable::
+	GOFLOW_PATIENCE_S=3600 GOFLOW_DURABLE_KILLS=50 GOFLOW_LIBRARY_JOBS=2000 GOFLOW_FORWARD_CLIENTS=5000 \
+	  GOFLOW_FORWARD_BOUNDS=1 GOFLOW_FORWARD_SEQUENCES=5000 \
+	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 durable:: libraries:: forward::
 	GOFLOW_PATIENCE_S=3600 GOFLOW_STORM_DEATHS=$(STORM) GOFLOW_STORM_MS=5000 \
 	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 alerts::
 
@@ -48,8 +50,14 @@ speed:
 	$(CARGO) build --release
 	benches/speed.py $(TARGET)/release/goflow
 
+forward:
+	$(CARGO) build --release
+	benches/forward.py $(TARGET)/release/goflow
+
 tools:
-	@for tool in redis-server redis-cli setpriv node gcc promtool haproxy systemd-analyze; do \
+	@for tool in redis-server redis-cli setpriv node gcc promtool haproxy systemd-analyze sidekiq; do \
 	  command -v $$tool >/dev/null || echo "missing: $$tool (run .ci/setup)"; done
 	@[ -x $(TARGET)/venv/bin/python ] || echo "missing: the test venv with Redis 6.2 and Valkey 9 (run .ci/setup)"
-	@[ -d $(TARGET)/clients/node_modules ] || echo "missing: the Node clients (run .ci/setup)"
+	@[ -x $(TARGET)/venv/bin/celery ] && [ -x $(TARGET)/venv/bin/rq ] && [ -x $(TARGET)/venv-arq/bin/arq ] \
+	  || echo "missing: the queue libraries for Python (run .ci/setup)"
+	@[ -d $(TARGET)/clients/node_modules/bullmq ] || echo "missing: the Node clients (run .ci/setup)"

@@ -81,7 +81,7 @@ impl Peer {
         *self.last_command.lock().unwrap_or_else(PoisonError::into_inner) = name;
     }
 
-    /// One line of `CLIENT LIST`, in Redis's form.
+    /// One line of `CLIENT LIST`, in Redis's form: with every field that libraries look for, and 0 for what is not counted.
     pub fn line(&self) -> String {
         let Labels { name, lib_name, lib_version } = self.labels();
         let age = self.connected_at.elapsed().as_secs();
@@ -89,8 +89,9 @@ impl Peer {
         let mut line = String::with_capacity(200);
         let _ = write!(
             line,
-            "id={} addr={} laddr={} fd=-1 name={} age={age} idle={idle} flags={} db=0 sub=0 psub=0 multi=-1 cmd={} \
-             user=default redir=-1 resp={} lib-name={} lib-ver={} tot-cmds={}",
+            "id={} addr={} laddr={} fd=-1 name={} age={age} idle={idle} flags={} db=0 sub=0 psub=0 ssub=0 multi=-1 qbuf=0 \
+             qbuf-free=0 argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl=0 oll=0 omem=0 tot-mem=0 events=r cmd={} user=default \
+             redir=-1 resp={} lib-name={} lib-ver={} tot-cmds={}",
             self.id,
             self.address,
             self.local,

@@ -143,9 +143,17 @@ impl Default for LogConfig {
 pub struct ForwardConfig {
     /// Commands that pass although they are refused otherwise, with blanks between; each goes to every shard.
     pub allow: String,
+    /// Patterns of keys that live together on one shard, as if they had one `{tag}`: groups with commas between, patterns
+    /// of a group with blanks. The same on all proxies.
+    pub together: String,
 }
 
 impl ForwardConfig {
+    pub fn groups(&self) -> Vec<Vec<String>> {
+        let groups = self.together.split(',').map(|group| group.split_ascii_whitespace().map(str::to_owned).collect());
+        groups.filter(|group: &Vec<String>| !group.is_empty()).collect()
+    }
+
     pub fn allowed(&self) -> Vec<String> {
         self.allow.split_ascii_whitespace().map(str::to_ascii_uppercase).collect()
     }
@@ -207,7 +215,7 @@ pub struct LimitsConfig {
     pub block_ms_max: Millis,
     #[serde(deserialize_with = "within::<_, _, 1, 1_000_000>")]
     pub connections_max: usize,
-    /// Replies that wait for one client to read them; beyond it the client is dropped.
+    /// Replies that wait for one client to read them; beyond it the client is dropped. One reply that is larger is an error.
     #[serde(deserialize_with = "within::<_, _, 65_536, 4_294_967_296>")]
     pub output_bytes_max: usize,
     #[serde(deserialize_with = "within::<_, _, 16, 1_048_576>")]

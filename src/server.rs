@@ -58,6 +58,10 @@ pub struct Setup {
     pub slow: Duration,
     /// Ordinary commands, upper case, that pass although they are refused otherwise.
     pub allowed: Vec<String>,
+    /// Most bytes of one reply, and of those that wait for one client.
+    pub output_bytes_max: usize,
+    /// Groups of key patterns; the keys of a group live on one shard.
+    pub together: Vec<Vec<String>>,
     /// Which lists are queues.
     pub lists: Vec<Rule>,
     /// Paths whose deliveries become jobs.
@@ -77,7 +81,7 @@ pub fn serve(setup: Setup) -> io::Result<()> {
     let process = Arc::new(Process {
         lists: setup.lists,
         alerts: Arc::new(setup.alerts),
-        forwarding: Forwarding::new(dispatcher.clone(), setup.allowed),
+        forwarding: Forwarding::new(dispatcher.clone(), setup.allowed, setup.together, setup.output_bytes_max),
         dispatcher,
         limits: Arc::new(setup.limits),
         bounds: setup.bounds,

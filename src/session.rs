@@ -33,10 +33,13 @@ use crate::process::Process;
 use crate::process::slowlog::Slow;
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::{Bounds, Parsed, Parser};
+use crate::shard::redis::link::{Backlog, too_big};
 use crate::shard::{Action, Deed, Op};
 
-/// Most requests of one connection in flight.
+/// Most requests of one connection in flight; fewer where their replies are large.
 const PIPELINE_MAX: usize = 1_024;
+/// So many before anything is known of their size.
+const PIPELINE_FIRST: usize = 64;
 /// While this much output is unsent, no further request is started.
 const OUTPUT_PAUSE: usize = 256 << 10;
 /// While a client waits, so much of what it sends behind is read, to notice when it hangs up.
@@ -106,6 +109,10 @@ struct Session<S> {
     context: Context,
     conversation: Conversation,
     authenticated: bool,
+    /// The replies of shards that this session has not taken.
+    backlog: Arc<Backlog>,
+    /// How large the replies were lately.
+    reply_bytes: usize,
     parser: Parser,
     words: Vec<Bytes>,
     input: BytesMut,
@@ -139,9 +146,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         let bounds = if authenticated { process.bounds } else { Bounds::UNAUTHENTICATED };
         let bell = peer.clone();
         let ways = Ways::of_thread(&process.forwarding);
+        let wake = peer.clone();
+        let bytes_max = process.forwarding.reply_bytes_max;
+        let backlog = Backlog::new(bytes_max, Box::new(move || wake.waker.wake()));
         Session {
             socket,
-            conversation: Conversation::new(ways, peer.id, Arc::new(move || bell.waker.wake())),
+            conversation: Conversation::new(ways, peer.id, Arc::new(move || bell.waker.wake()), backlog.clone()),
+            backlog,
+            reply_bytes: bytes_max / 2 / PIPELINE_FIRST,
             asker: Asker { session: peer.id, block_ms_max: process.limits.block_ms_max },
             context: Context { protocol: Protocol::Resp2, client_id: peer.id, limits: process.limits.clone() },
             peer,
@@ -173,6 +185,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         loop {
             if self.peer.is_killed() {
                 return Poll::Ready(Ok(()));
+            }
+            if self.backlog.is_over() {
+                let bytes_max = self.process.forwarding.reply_bytes_max;
+                tracing::info!(client = self.peer.id, bytes_max, "a client that does not read its replies is dropped");
+                return Poll::Ready(Err(io::Error::other("too many unread replies")));
             }
             if self.process.draining.load(Ordering::Relaxed) {
                 self.closing = true;
@@ -241,8 +258,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             if let Some(pending) = self.pending.pop_front() {
                 self.count(&pending, &done, waits);
             }
+            let before = self.output.len();
             self.write(done, protocol, mute);
+            let size = self.output.len() - before;
+            // Forgotten slowly: large ones among small ones are seldom alone.
+            self.reply_bytes = size.max(self.reply_bytes - self.reply_bytes.div_ceil(1_024)).max(1);
         }
+    }
+
+    /// How many requests may be in flight, so that replies as large as those before fit into half of what may wait.
+    fn window(&self) -> usize {
+        (self.process.forwarding.reply_bytes_max / 2 / self.reply_bytes).clamp(1, PIPELINE_MAX)
     }
 
     /// Counts an answer that is there. Its time ends when the socket was last looked at, which is when it was asked for it.
@@ -269,7 +295,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             // The client asked not to hear the answer, so jobs in it would be lost to it: dropped, they go back.
             return;
         }
+        let before = self.output.len();
+        let bytes_max = self.process.forwarding.reply_bytes_max;
         let holds = done.write(protocol, &mut self.output);
+        if self.output.len() - before > bytes_max {
+            // What was taken for it goes back.
+            self.output.truncate(before);
+            Reply::Error(too_big(bytes_max)).encode(protocol, &mut self.output);
+            return;
+        }
         if !holds.is_empty() {
             self.holds.push_back((self.written + self.output.len() as u64, holds));
         }
@@ -279,7 +313,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     fn start_requests(&mut self) -> bool {
         let mut started = false;
         while !self.closing
-            && self.pending.len() < PIPELINE_MAX
+            && self.pending.len() < self.window()
             && self.output.len() < OUTPUT_PAUSE
             && !self.pending.back().is_some_and(|pending| pending.answer.holds_back())
         {
@@ -348,7 +382,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 let answer = durable::start(rule, row, words, limits, dispatcher, self.asker, &self.unacked);
                 return self.push(answer);
             }
-            let started = self.conversation.start(Request { row, words, raw: self.parser.raw(), protocol });
+            let raw = self.parser.raw();
+            let request = Request { row, words, raw, protocol, backlog: &self.backlog };
+            let started = self.conversation.start(request);
             return self.push(started.into());
         }
         let row = match command::find(words) {
@@ -539,7 +575,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     /// Reads once; ready when there is something new to look at.
     fn read(&mut self, context: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
         let held_back = self.pending.back().is_some_and(|pending| pending.answer.holds_back());
-        let full = self.pending.len() >= PIPELINE_MAX || self.output.len() >= OUTPUT_PAUSE;
+        let full = self.pending.len() >= self.window() || self.output.len() >= OUTPUT_PAUSE;
         let enough = (held_back || full) && self.input.len() >= READ_AHEAD;
         if self.input_ended || enough || self.closing {
             return Poll::Pending;

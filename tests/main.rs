@@ -31,6 +31,8 @@ mod groups;
 mod http;
 /// The keyspace of a local shard against Redis itself.
 mod keys;
+/// Queue libraries that know nothing of GoFlow, unmodified, over one shard and over four.
+mod libraries;
 /// Never too many holders, whoever is killed; waiters in their order.
 mod locks;
 /// Lines of the log, slow commands, and never a payload or a secret.

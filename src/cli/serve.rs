@@ -87,6 +87,8 @@ fn setup(config: &Config, shards: Vec<ShardEntry>) -> Result<Setup, ConfigError>
         settings: config.shown(),
         slow: config.log.slow(),
         allowed: config.forward.allowed(),
+        together: config.forward.groups(),
+        output_bytes_max: config.limits.output_bytes_max,
         lists: config.list.iter().map(ListConfig::rule).collect(),
         webhooks: config.hooks()?,
         alerts: config.alerts()?,

@@ -21,7 +21,7 @@ use crate::error::{Code, Error, Happened, Result};
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::{cut, glob};
 use crate::shard::Keyspace;
-use crate::shard::redis::link::Link;
+use crate::shard::redis::link::{Backlog, Link};
 
 /// Most requests, and bytes of them, that one transaction queues.
 const QUEUED_MAX: usize = 65_536;
@@ -54,6 +54,7 @@ pub struct Conversation {
     ways: Arc<Ways>,
     client_id: u64,
     wake: Arc<dyn Fn() + Send + Sync>,
+    backlog: Arc<Backlog>,
     queue: Option<Queue>,
     watching: Arc<std::sync::Mutex<Option<(usize, Watching)>>>,
     inbox: Option<Arc<Inbox>>,
@@ -62,11 +63,17 @@ pub struct Conversation {
 
 impl Conversation {
     /// `wake` is called when there is something in the inbox.
-    pub fn new(ways: Arc<Ways>, client_id: u64, wake: Arc<dyn Fn() + Send + Sync>) -> Conversation {
+    pub fn new(
+        ways: Arc<Ways>,
+        client_id: u64,
+        wake: Arc<dyn Fn() + Send + Sync>,
+        backlog: Arc<Backlog>,
+    ) -> Conversation {
         Conversation {
             ways,
             client_id,
             wake,
+            backlog,
             queue: None,
             watching: Arc::default(),
             inbox: None,
@@ -252,7 +259,10 @@ impl Conversation {
         let Some((shard, watching)) = watching else {
             return match (queue.requests.is_empty(), queue.shard) {
                 (true, _) => Started::Reply(Reply::Array(Vec::new())),
-                (false, shard) => Started::Forward(self.ways.transact(shard.unwrap_or(0), protocol, queue.requests)),
+                (false, shard) => {
+                    let (shard, requests) = (shard.unwrap_or(0), queue.requests);
+                    Started::Forward(self.ways.transact(shard, protocol, requests, &self.backlog))
+                }
             };
         };
         if queue.shard.is_some_and(|own| own != shard) {
@@ -268,7 +278,7 @@ impl Conversation {
                     return Started::Reply(Reply::NullArray);
                 }
                 let shape = Shape::Exec;
-                let sent = submit_unit(&link, &queue.requests, shape);
+                let sent = submit_unit(&link, &queue.requests, shape, Some(self.backlog.clone()));
                 // EXEC ends the watch, and who takes the connection next sends behind it.
                 self.ways.give_dedicated(shard, protocol, link);
                 Started::Forward(sent)

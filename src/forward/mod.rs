@@ -24,10 +24,10 @@ use dashmap::DashMap;
 use crate::command::ordinary::{Keys, Row};
 use crate::dispatch::{Dispatcher, ShardMap, router};
 use crate::error::{Code, Error, Result};
-use crate::resp::cut;
 use crate::resp::reply::{Protocol, Reply, put_bulk, put_header};
-use crate::shard::redis::link::{Link, Replies};
-use crate::shard::{BoxFuture, Keyspace, Unit};
+use crate::resp::{cut, glob};
+use crate::shard::redis::link::{Backlog, Link, Replies};
+use crate::shard::{BoxFuture, Dial, Keyspace, Unit};
 use hub::Hub;
 use park::Park;
 
@@ -43,6 +43,10 @@ pub struct Forwarding {
     pub dispatcher: Arc<Dispatcher>,
     /// Names, upper case, of commands that are refused unless they stand here.
     pub allowed: Vec<String>,
+    /// Groups of key patterns; the keys of a group live where its first pattern would.
+    together: Vec<Vec<String>>,
+    /// Most bytes of replies to one request, and of those that wait for one client.
+    pub reply_bytes_max: usize,
     pub hub: Arc<Hub>,
     map: Arc<ShardMap>,
     parks: Vec<OnceLock<Arc<Park>>>,
@@ -51,11 +55,34 @@ pub struct Forwarding {
 }
 
 impl Forwarding {
-    pub fn new(dispatcher: Arc<Dispatcher>, allowed: Vec<String>) -> Arc<Forwarding> {
+    pub fn new(
+        dispatcher: Arc<Dispatcher>,
+        allowed: Vec<String>,
+        together: Vec<Vec<String>>,
+        reply_bytes_max: usize,
+    ) -> Arc<Forwarding> {
         let map = dispatcher.map();
         let parks = map.lanes.iter().map(|_| OnceLock::new()).collect();
         let hub = Hub::new(map.lanes.len());
-        Arc::new(Forwarding { dispatcher, allowed, hub, map, parks, learned: DashMap::new() })
+        Arc::new(Forwarding {
+            dispatcher,
+            allowed,
+            together,
+            reply_bytes_max,
+            hub,
+            map,
+            parks,
+            learned: DashMap::new(),
+        })
+    }
+
+    /// What of a key says where it lives.
+    fn tag<'a>(&'a self, key: &'a [u8]) -> &'a [u8] {
+        let is_of = |group: &&Vec<String>| group.iter().any(|pattern| glob::matches(pattern.as_bytes(), key));
+        match self.together.iter().find(is_of).and_then(|group| group.first()) {
+            Some(pattern) => pattern.as_bytes(),
+            None => router::key_tag(key),
+        }
     }
 
     /// Where clients wait for keys of a shard; its connection is opened by the first that does.
@@ -117,7 +144,7 @@ impl Ways {
 
     /// The shard that owns a key.
     pub fn home(&self, key: &[u8]) -> usize {
-        if self.ways.len() == 1 { 0 } else { self.shared.map.home_index(router::key_tag(key)) }
+        if self.ways.len() == 1 { 0 } else { self.shared.map.home_index(self.shared.tag(key)) }
     }
 
     /// The shard of all keys of a request, and the first where it has none.
@@ -138,7 +165,11 @@ impl Ways {
     fn link(&self, shard: usize, protocol: Protocol) -> Option<&Arc<Link>> {
         let way = &self.ways[shard];
         let Keyspace::Server(dial) = &way.keyspace else { return None };
-        Some(way.links[protocol as usize].get_or_init(|| Link::spawn(way.name.clone(), dial.clone(), protocol)))
+        Some(way.links[protocol as usize].get_or_init(|| self.open(way, dial, protocol)))
+    }
+
+    fn open(&self, way: &Way, dial: &Arc<dyn Dial>, protocol: Protocol) -> Arc<Link> {
+        Link::spawn(way.name.clone(), dial.clone(), protocol, self.shared.reply_bytes_max)
     }
 
     /// A connection that nobody else uses until it is given back.
@@ -146,7 +177,7 @@ impl Ways {
         let way = &self.ways[shard];
         let Keyspace::Server(dial) = &way.keyspace else { return None };
         let kept = way.dedicated[protocol as usize].lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Some(kept.unwrap_or_else(|| Link::spawn(way.name.clone(), dial.clone(), protocol)))
+        Some(kept.unwrap_or_else(|| self.open(way, dial, protocol)))
     }
 
     fn give_dedicated(&self, shard: usize, protocol: Protocol, link: Arc<Link>) {
@@ -156,10 +187,22 @@ impl Ways {
         }
     }
 
+    /// Sends a client's request as it came. What comes back counts for the client's backlog until it is taken.
+    pub fn forward(&self, shard: usize, request: Request<'_>) -> Forwarded {
+        let Request { words, raw, protocol, backlog, .. } = request;
+        match self.link(shard, protocol) {
+            Some(link) => {
+                let replies = link.submit_for(raw, 1, Some(backlog.clone()));
+                Forwarded { from: From::Link(replies, Some(backlog.clone())), shape: Shape::Whole }
+            }
+            None => self.run(shard, protocol, vec![words.to_vec()], Vec::new(), Shape::Whole),
+        }
+    }
+
     /// Sends a request as it came: `raw` is the array of its words.
     pub fn pass(&self, shard: usize, protocol: Protocol, raw: &[u8], words: &[Bytes]) -> Forwarded {
         if let Some(link) = self.link(shard, protocol) {
-            return Forwarded { from: From::Link(link.submit(raw, 1)), shape: Shape::Whole };
+            return Forwarded { from: From::Link(link.submit(raw, 1), None), shape: Shape::Whole };
         }
         self.run(shard, protocol, vec![words.to_vec()], Vec::new(), Shape::Whole)
     }
@@ -173,17 +216,30 @@ impl Ways {
 
     /// Runs a request that would block as `MULTI` lets it run: it does not.
     pub fn attempt(&self, shard: usize, protocol: Protocol, words: Vec<Bytes>) -> Forwarded {
-        self.unit(shard, protocol, vec![words], Shape::Attempt)
+        self.unit(shard, protocol, vec![words], Shape::Attempt, None)
     }
 
     /// Runs requests as one transaction; the answer is that of `EXEC`.
-    pub fn transact(&self, shard: usize, protocol: Protocol, requests: Vec<Vec<Bytes>>) -> Forwarded {
-        self.unit(shard, protocol, requests, Shape::Exec)
+    pub fn transact(
+        &self,
+        shard: usize,
+        protocol: Protocol,
+        requests: Vec<Vec<Bytes>>,
+        backlog: &Arc<Backlog>,
+    ) -> Forwarded {
+        self.unit(shard, protocol, requests, Shape::Exec, Some(backlog.clone()))
     }
 
-    fn unit(&self, shard: usize, protocol: Protocol, requests: Vec<Vec<Bytes>>, shape: Shape) -> Forwarded {
+    fn unit(
+        &self,
+        shard: usize,
+        protocol: Protocol,
+        requests: Vec<Vec<Bytes>>,
+        shape: Shape,
+        backlog: Option<Arc<Backlog>>,
+    ) -> Forwarded {
         match self.link(shard, protocol) {
-            Some(link) => submit_unit(link, &requests, shape),
+            Some(link) => submit_unit(link, &requests, shape, backlog),
             None => self.run(shard, protocol, requests, Vec::new(), shape),
         }
     }
@@ -254,15 +310,16 @@ pub fn put_request(out: &mut BytesMut, words: &[Bytes]) {
 }
 
 /// `MULTI`, the requests and `EXEC`, in one piece.
-fn submit_unit(link: &Link, requests: &[Vec<Bytes>], shape: Shape) -> Forwarded {
+fn submit_unit(link: &Link, requests: &[Vec<Bytes>], shape: Shape, backlog: Option<Arc<Backlog>>) -> Forwarded {
     let mut raw = BytesMut::from(&b"*1\r\n$5\r\nMULTI\r\n"[..]);
     requests.iter().for_each(|words| put_request(&mut raw, words));
     raw.extend_from_slice(b"*1\r\n$4\r\nEXEC\r\n");
-    Forwarded { from: From::Link(link.submit(&raw, requests.len() + 2)), shape }
+    let replies = link.submit_for(&raw, requests.len() + 2, backlog.clone());
+    Forwarded { from: From::Link(replies, backlog), shape }
 }
 
 enum From {
-    Link(Replies),
+    Link(Replies, Option<Arc<Backlog>>),
     Local(BoxFuture<'static, Result<Option<Vec<Reply>>>>, Protocol),
     Failed(Error),
 }
@@ -289,8 +346,11 @@ impl Future for Forwarded {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<Bytes>> {
         let shape = self.shape;
         match &mut self.from {
-            From::Link(replies) => {
+            From::Link(replies, backlog) => {
                 let bytes = ready!(Pin::new(replies).poll(context)).unwrap_or_else(|_| Err(link_gone()));
+                if let (Some(backlog), Ok(bytes)) = (backlog, &bytes) {
+                    backlog.take(bytes.len());
+                }
                 Poll::Ready(bytes.map(|bytes| shape.take(bytes)))
             }
             From::Local(run, protocol) => {
@@ -363,4 +423,6 @@ pub struct Request<'a> {
     pub words: &'a [Bytes],
     pub raw: &'a Bytes,
     pub protocol: Protocol,
+    /// Of the client that sent it.
+    pub backlog: &'a Arc<Backlog>,
 }

@@ -256,7 +256,7 @@ enum Kind {
 
 /// Starts a blocking command.
 pub fn start(ways: &Arc<Ways>, wait: Wait, request: Request<'_>) -> Started {
-    let Request { row, words, protocol, raw } = request;
+    let Request { row, words, protocol, .. } = request;
     if !row.has_arity(words.len()) {
         return row.wrong_arity().into();
     }
@@ -264,7 +264,7 @@ pub fn start(ways: &Arc<Ways>, wait: Wait, request: Request<'_>) -> Started {
         // It does not wait, or the server must say what is wrong with it.
         None => {
             return match ways.shard_of(row.keys, words) {
-                Ok(shard) if wait == Wait::Option => Started::Forward(ways.pass(shard, protocol, raw, words)),
+                Ok(shard) if wait == Wait::Option => Started::Forward(ways.forward(shard, request)),
                 Ok(shard) => Started::Forward(ways.attempt(shard, protocol, words.to_vec())),
                 Err(error) => error.into(),
             };

@@ -49,6 +49,16 @@ impl ScanState {
         self.mark == Some(b'>')
     }
 
+    /// The reply in progress will not be kept: forgets what has been read of the `len` bytes that are there, and says how
+    /// many from the front are needed no more.
+    pub fn forget(&mut self, len: usize) -> usize {
+        // The two before the next value may yet be looked at.
+        let gone = self.at.min(len).saturating_sub(2);
+        self.at -= gone;
+        self.scanned = self.scanned.saturating_sub(gone);
+        gone
+    }
+
     pub fn is_error(&self) -> bool {
         matches!(self.mark, Some(b'-' | b'!'))
     }

@@ -6,13 +6,14 @@
 //!
 //! Promises: never mixes replies; a connection that breaks, is out of step or makes no progress for [`SILENCE_MAX`] fails
 //! everything in flight, saying whether it may have happened, and is opened anew when it is wanted, after a rest that
-//! doubles; what is in flight and what is unsent are bounded. Leaves to its callers never to send what changes the state
+//! doubles; what is in flight and what is unsent are bounded, and so is one request's replies ([`Link::spawn`]) and what
+//! has come for one session that has not taken it ([`Backlog`]). Leaves to its callers never to send what changes the state
 //! of a connection (`SELECT`, `MULTI` without its `EXEC` behind it, a subscription) or blocks.
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -42,6 +43,8 @@ const REST_MIN: Duration = Duration::from_millis(50);
 const REST_MAX: Duration = Duration::from_millis(1_000);
 /// Room for one read.
 const READ_BYTES: usize = 64 << 10;
+/// A larger push is dropped: an inbox would not hold it.
+const PUSH_BYTES_MAX: usize = 64 << 20;
 
 /// A buffer that a burst made larger is given back.
 const BUFFER_KEPT: usize = 1 << 20;
@@ -63,11 +66,47 @@ pub enum Heard {
 /// Called on the link's thread; must not block. It may submit.
 pub type OnHeard = Box<dyn Fn(&Link, Heard) + Send + Sync>;
 
+/// The replies that have come for one session and that it has not taken. A session that takes none is told by its bell
+/// when they are too many bytes; what comes for it after that is dropped.
+pub struct Backlog {
+    bytes: AtomicUsize,
+    bytes_max: usize,
+    over: AtomicBool,
+    bell: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Backlog {
+    pub fn new(bytes_max: usize, bell: Box<dyn Fn() + Send + Sync>) -> Arc<Backlog> {
+        Arc::new(Backlog { bytes: AtomicUsize::new(0), bytes_max, over: AtomicBool::new(false), bell })
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+
+    /// The session has taken so many bytes.
+    pub fn take(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Whether so many bytes more may wait.
+    fn put(&self, bytes: usize) -> bool {
+        let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        let fits = before + bytes <= self.bytes_max;
+        if !fits {
+            self.over.store(true, Ordering::Relaxed);
+            (self.bell)();
+        }
+        fits
+    }
+}
+
 /// One request whose replies are due.
 struct Due {
     /// How many replies belong to it.
     replies: usize,
     answer: oneshot::Sender<Result<Bytes>>,
+    backlog: Option<Arc<Backlog>>,
 }
 
 #[derive(Default)]
@@ -87,26 +126,35 @@ pub struct Link {
     driver: AtomicWaker,
     /// How many connections it has had.
     generation: AtomicU64,
+    reply_bytes_max: usize,
     on_heard: Option<OnHeard>,
 }
 
 impl Link {
-    /// A link of the current thread's runtime; opens its connection when there is something to send.
-    pub fn spawn(shard: Arc<str>, dial: Arc<dyn Dial>, protocol: Protocol) -> Arc<Link> {
-        Link::start(shard, dial, protocol, None)
+    /// A link of the current thread's runtime; opens its connection when there is something to send. Replies to one
+    /// request that are larger than `reply_bytes_max` are let pass by, and answered with an error.
+    pub fn spawn(shard: Arc<str>, dial: Arc<dyn Dial>, protocol: Protocol, reply_bytes_max: usize) -> Arc<Link> {
+        Link::start(shard, dial, protocol, reply_bytes_max, None)
     }
 
     /// A link in RESP3 that is kept open and hears what the server pushes.
     pub fn listen(shard: Arc<str>, dial: Arc<dyn Dial>, on_heard: OnHeard) -> Arc<Link> {
-        Link::start(shard, dial, Protocol::Resp3, Some(on_heard))
+        Link::start(shard, dial, Protocol::Resp3, PUSH_BYTES_MAX, Some(on_heard))
     }
 
-    fn start(shard: Arc<str>, dial: Arc<dyn Dial>, protocol: Protocol, on_heard: Option<OnHeard>) -> Arc<Link> {
+    fn start(
+        shard: Arc<str>,
+        dial: Arc<dyn Dial>,
+        protocol: Protocol,
+        reply_bytes_max: usize,
+        on_heard: Option<OnHeard>,
+    ) -> Arc<Link> {
         let link = Arc::new(Link {
             shard,
             state: Mutex::default(),
             driver: AtomicWaker::new(),
             generation: AtomicU64::new(0),
+            reply_bytes_max,
             on_heard,
         });
         tokio::spawn(drive(link.clone(), dial, protocol));
@@ -121,6 +169,11 @@ impl Link {
     /// Sends one request, or several in a row, as well-formed arrays; `replies` says how many replies that will be. With
     /// none (a subscription in RESP3) the answer is never given.
     pub fn submit(&self, request: &[u8], replies: usize) -> Replies {
+        self.submit_for(request, replies, None)
+    }
+
+    /// The same, and what comes counts for this backlog until it is taken from there.
+    pub fn submit_for(&self, request: &[u8], replies: usize, backlog: Option<Arc<Backlog>>) -> Replies {
         let (answer, receiver) = oneshot::channel();
         let mut state = self.state();
         if let Some(error) = self.refusal(&state) {
@@ -132,7 +185,7 @@ impl Link {
         state.unsent.extend_from_slice(request);
         if replies > 0 {
             state.unsent_requests += 1;
-            state.due.push_back(Due { replies, answer });
+            state.due.push_back(Due { replies, answer, backlog });
         }
         drop(state);
         if idle {
@@ -225,8 +278,10 @@ struct Connection<'a> {
     /// Whole replies of the request at the head of the line: how many, and how many bytes.
     cut: usize,
     cut_bytes: usize,
+    /// Bytes of these replies that are gone, because all of them together are too large.
+    shed_bytes: usize,
     pushes: Vec<Bytes>,
-    finished: Vec<(oneshot::Sender<Result<Bytes>>, Bytes)>,
+    finished: Vec<(oneshot::Sender<Result<Bytes>>, Result<Bytes>)>,
     look: Interval,
     heard_at: Instant,
 }
@@ -243,6 +298,7 @@ impl<'a> Connection<'a> {
             scan: ScanState::default(),
             cut: 0,
             cut_bytes: 0,
+            shed_bytes: 0,
             pushes: Vec::new(),
             finished: Vec::new(),
             look,
@@ -317,7 +373,7 @@ impl<'a> Connection<'a> {
             self.heard_at = Instant::now();
             let cut = self.cut_replies();
             for (answer, bytes) in self.finished.drain(..) {
-                let _ = answer.send(Ok(bytes));
+                let _ = answer.send(bytes);
             }
             for push in self.pushes.drain(..) {
                 self.link.hear(Heard::Push(push));
@@ -332,12 +388,16 @@ impl<'a> Connection<'a> {
             let rest = self.buffer.get(self.cut_bytes..).unwrap_or_default();
             let end = match reply_end(rest, &mut self.scan) {
                 Ok(Some(end)) => end,
-                Ok(None) => return Ok(()),
+                Ok(None) => {
+                    drop(state);
+                    self.shed();
+                    return Ok(());
+                }
                 Err(malformed) => return Err(format!("sent a {malformed}")),
             };
             if self.scan.is_push() && self.cut == 0 {
                 let push = self.buffer.split_to(end);
-                if self.link.on_heard.is_some() {
+                if self.link.on_heard.is_some() && std::mem::take(&mut self.shed_bytes) == 0 {
                     self.pushes.push(push.freeze());
                 }
                 continue;
@@ -350,9 +410,34 @@ impl<'a> Connection<'a> {
             if self.cut == due.replies
                 && let Some(due) = state.due.pop_front()
             {
-                self.finished.push((due.answer, self.buffer.split_to(self.cut_bytes).freeze()));
+                let bytes = self.buffer.split_to(self.cut_bytes);
+                let bytes = match std::mem::take(&mut self.shed_bytes) + bytes.len() > self.link.reply_bytes_max {
+                    true => Err(too_big(self.link.reply_bytes_max)),
+                    false if due.backlog.is_some_and(|backlog| !backlog.put(bytes.len())) => {
+                        Err(Error::new(Code::Overloaded, "too many replies wait for this client"))
+                    }
+                    false => Ok(bytes.freeze()),
+                };
+                self.finished.push((due.answer, bytes));
                 (self.cut, self.cut_bytes) = (0, 0);
             }
         }
     }
+
+    /// Lets go of what has come of replies that are too large; where they end is looked for all the same.
+    fn shed(&mut self) {
+        if self.shed_bytes + self.buffer.len() > self.link.reply_bytes_max {
+            let rest = self.buffer.len() - self.cut_bytes;
+            let gone = self.cut_bytes + self.scan.forget(rest);
+            self.buffer.advance(gone);
+            self.shed_bytes += gone;
+            self.cut_bytes = 0;
+        }
+    }
+}
+
+/// The error in the place of a reply that is larger than a client may be sent.
+pub fn too_big(bytes_max: usize) -> Error {
+    let text = format!("the reply has more than {bytes_max} bytes (limits.output_bytes_max); ask for less at once");
+    Error { code: Code::TooBig, text: text.into(), happened: Happened::Maybe }
 }
