@@ -3,8 +3,8 @@
 //! A blocking command is tried as `MULTI` lets it run, which never waits. Finds it nothing, the client stands in the line
 //! of each of its keys, and the key is *armed*: read on the process's one listening link to the shard, with
 //! `CLIENT TRACKING ON`, so that the next change of it is pushed to us. What comes between the first try and the arming is
-//! found by a second try. A change wakes the client at the front of the key's line, and only that one; who leaves a line
-//! whose key is not armed wakes the next, so an element is never looked for by a crowd.
+//! found by a second try. A change wakes the client at the front of the key's line, and only that one; who leaves the
+//! front wakes the next, so an element is never looked for by a crowd, and those behind cost nothing.
 //!
 //! ```text
 //! try ── found ──► answer                      changed (push)
@@ -35,7 +35,7 @@ use crate::resp::reply::{Protocol, Reply};
 use crate::shard::redis::link::{Heard, Link};
 use crate::shard::{Keys, Keyspace};
 
-/// The slow poll behind the pushes: who is at the front looks again after so long, and as much again at random.
+/// The slow poll behind the pushes: who is at a front looks again after so long, and as much again at random.
 const POLL_EVERY: Duration = Duration::from_secs(5);
 /// The same while the listening link is down.
 const POLL_BLIND: Duration = Duration::from_millis(500);
@@ -224,7 +224,8 @@ impl Drop for Standing {
                 None => {
                     spots.remove(key);
                 }
-                Some(next) if was_front && !spot.settled => next.notify_one(),
+                // It looks, or where nothing can be there takes over the slow poll.
+                Some(next) if was_front => next.notify_one(),
                 Some(_) => {}
             }
         }
@@ -404,7 +405,11 @@ impl Waiter {
                 continue;
             }
             let pause = if heard { POLL_EVERY } else { POLL_BLIND };
-            let until = deadline.min(Instant::now() + pause.mul_f64(1.0 + rand::random::<f64>()));
+            // Who is at no front sleeps until that changes.
+            let until = match places.clone().any(at_front) {
+                true => deadline.min(Instant::now() + pause.mul_f64(1.0 + rand::random::<f64>())),
+                false => deadline,
+            };
             let rang = timeout_at(until, standing.bell.notified()).await.is_ok();
             if !rang && until >= deadline {
                 return (Reply::NullArray, None);
