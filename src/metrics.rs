@@ -11,7 +11,7 @@
 //! A new metric is a line in the list and its use; the dashboard, the alert rules and the tests read the list.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
@@ -130,11 +130,29 @@ declare! {
     ALERTS_SENT = counter("goflow_alerts_sent_total", &["sink"], "Alert messages that a sink has taken from this proxy.");
     ALERTS_FAILED = counter("goflow_alerts_failed_total", &["sink"], "Attempts to deliver an alert that failed; each is tried again.");
     ALERTS_LEADING = gauge("goflow_alerts_leading", &[], "1 on the proxy that delivers alerts.");
+    LINK_DURATION = histogram("goflow_link_duration_seconds", &["shard"], REQUEST_SECONDS,
+        "Round trip of ordinary commands to a shard, one measured at a time on each connection.");
     DRAINING = gauge("goflow_draining", &[], "1 while the process drains before its end.");
     BUILD_INFO = gauge("goflow_build_info", &["version", "profile"], "1; what was built.");
 }
 
+/// Connections to shards are opened deep in the threads, far from whoever holds the [`Metrics`]: one family for the process.
+static LINKS: LazyLock<Option<HistogramVec>> = LazyLock::new(|| LINK_DURATION.histograms().ok());
+
+/// Where the connections to a shard note their round trips.
+pub fn link_seconds(shard: &str) -> Option<Histogram> {
+    LINKS.as_ref().map(|links| links.with_label_values(&[shard]))
+}
+
 impl Declared {
+    fn histograms(&self) -> prometheus::Result<HistogramVec> {
+        let bounds = match self.kind {
+            Kind::Histogram(bounds) => bounds.to_vec(),
+            Kind::Counter | Kind::Gauge => Vec::new(),
+        };
+        HistogramVec::new(HistogramOpts::from(self.opts()).buckets(bounds), self.labels)
+    }
+
     fn opts(&self) -> Opts {
         Opts::new(self.name, self.help)
     }
@@ -254,11 +272,7 @@ impl Builder {
     }
 
     fn histograms(&self, declared: Declared) -> prometheus::Result<HistogramVec> {
-        let bounds = match declared.kind {
-            Kind::Histogram(bounds) => bounds.to_vec(),
-            Kind::Counter | Kind::Gauge => Vec::new(),
-        };
-        self.add(HistogramVec::new(HistogramOpts::from(declared.opts()).buckets(bounds), declared.labels))
+        self.add(declared.histograms())
     }
 }
 
@@ -288,6 +302,9 @@ impl Metrics {
         let sampled = Arc::new(Sampled::new()?);
         build.registry.register(Box::new(SampledFamilies(sampled.clone())))?;
         build.registry.register(Box::new(ProcessCollector::for_self()))?;
+        if let Some(links) = &*LINKS {
+            build.registry.register(Box::new(links.clone()))?;
+        }
         let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
         build.gauges(BUILD_INFO)?.with_label_values(&[env!("CARGO_PKG_VERSION"), profile]).set(1);
         Ok(Metrics {
@@ -360,7 +377,7 @@ impl Metrics {
             let _ = family.remove_label_values(label);
         }
         let _ = families.errors.remove_label_values(label);
-        for family in [&families.batch_ops, &families.batch_seconds] {
+        for family in [&families.batch_ops, &families.batch_seconds].into_iter().chain(LINKS.as_ref()) {
             let _ = family.remove_label_values(label);
         }
         self.retract(shard);
@@ -589,6 +606,7 @@ mod tests {
         let metrics = metrics();
         metrics.command(1, Duration::from_millis(1));
         metrics.shard("s1");
+        link_seconds("s1");
         metrics.webhook("/hooks/x", "accepted");
         metrics.alert_sink("ops");
         metrics.publish(

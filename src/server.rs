@@ -22,6 +22,7 @@ use tokio::sync::watch;
 use crate::alert::{Alerts, teller};
 use crate::clients::Clients;
 use crate::command::{self, Limits, ordinary};
+use crate::dispatch::lane::Lane;
 use crate::dispatch::router::Strategy;
 use crate::dispatch::{Dispatcher, MapStamp, ShardEntry, sampler};
 use crate::error::{Code, Error};
@@ -125,6 +126,7 @@ pub fn serve(setup: Setup) -> io::Result<()> {
                     let _ = ready.send(claim);
                 }
                 for lane in own_lanes().cloned() {
+                    tokio::spawn(tell_what_is_unsafe(lane.clone()));
                     tokio::spawn(sampler::run(lane.clone(), process.metrics.clone(), holder.clone()));
                     tokio::spawn(lane.run(process.metrics.clone()));
                 }
@@ -173,6 +175,15 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         tracing::info!("stopped");
         Ok(())
     })
+}
+
+/// Says once how a shard keeps what it acknowledges. Whether it answers is told elsewhere.
+async fn tell_what_is_unsafe(lane: Arc<Lane>) {
+    let Ok(health) = lane.shard().probe().await else { return };
+    tracing::info!(shard = %lane.name(), server = health.server, durability = health.durability, "shard");
+    for warning in &health.warnings {
+        tracing::warn!(shard = %lane.name(), warning, "the settings of a shard are unsafe");
+    }
 }
 
 /// On a thread of its own, so that neither waits for the other.

@@ -124,6 +124,31 @@ fn a_jobs_way_is_counted_and_promtool_likes_the_page() {
 }
 
 #[test]
+fn ordinary_commands_are_counted_and_timed_with_their_errors_and_their_round_trips() {
+    let shard = Server::start(Flavour::Redis7, &[]);
+    let url = format!("s1={}", shard.url());
+    let site = Site::start(&["--shard", &url]);
+    let mut wire = site.goflow.wire();
+    for (line, answer) in [("SET a 1", "OK"), ("GET a", "1"), ("GET a", "1")] {
+        assert_eq!(wire.say(line).text(), answer);
+    }
+    assert!(wire.say("LPUSH a x").is_error("WRONGTYPE"));
+    wire.say("CLIENT SETNAME me");
+    let samples = site.samples();
+    for (series, value) in [
+        ("goflow_command_duration_seconds_count{command=\"SET\"}", 1.0),
+        ("goflow_command_duration_seconds_count{command=\"GET\"}", 2.0),
+        ("goflow_command_duration_seconds_count{command=\"LPUSH\"}", 1.0),
+        ("goflow_command_duration_seconds_count{command=\"CLIENT|SETNAME\"}", 1.0),
+        ("goflow_errors_total{code=\"WRONGTYPE\"}", 1.0),
+        // One after the other: each was a round trip of its own.
+        ("goflow_link_duration_seconds_count{shard=\"s1\"}", 4.0),
+    ] {
+        assert_eq!(samples.get(series), Some(&value), "{series}");
+    }
+}
+
+#[test]
 fn openmetrics_is_for_who_asks_for_it() {
     let site = Site::start(&["--shard", "s1=memory:"]);
     let answer = site.request("GET /metrics HTTP/1.1\nAccept: application/openmetrics-text; version=1.0.0", "");

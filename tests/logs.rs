@@ -1,6 +1,8 @@
 //! What the process says of itself: structured lines, levels by module, slow commands, and never a payload or a secret.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value as Json;
@@ -8,6 +10,7 @@ use serde_json::Value as Json;
 use crate::eventually;
 use crate::http::Site;
 use crate::support::goflow::Goflow;
+use crate::support::scratch;
 use crate::support::servers::{Flavour, Server};
 use crate::support::wire::{Value, Wire};
 
@@ -160,6 +163,52 @@ fn lines_are_json_where_that_is_asked_for_and_each_module_has_its_level() {
         "{:?}",
         others.collect::<Vec<_>>()
     );
+}
+
+#[test]
+fn a_log_that_nobody_reads_any_more_stops_nobody() {
+    let dir = scratch();
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", env!("CARGO_BIN_EXE_goflow"), "serve", "--listen", "127.0.0.1:0"]);
+    command.args(["--http", "off", "--shard", "s1=memory:", "--log", "trace"]).current_dir(dir.path());
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut reader = BufReader::new(child.stderr.take().unwrap());
+    let mut read_line = || {
+        let mut line = String::new();
+        assert!(reader.read_line(&mut line).unwrap() > 0, "it ended");
+        line
+    };
+    let announced = read_line();
+    let address = announced.trim().split_once(" listening on ").unwrap().1;
+    while !read_line().starts_with("try: ") {}
+    drop(reader);
+    for _ in 0..20 {
+        let mut wire = Wire::connect(address);
+        assert!(wire.say("GOFLOW.ENQUEUE main hello").text().contains('~'));
+        // Said at this level, to nobody.
+        wire.send_raw("*1\r\n$x\r\n");
+        drop(wire.read_to_close());
+    }
+    assert_eq!(Wire::connect(address).say("GOFLOW.LEN main").integer(), 20);
+    let killed = Command::new("kill").arg(child.id().to_string()).status().unwrap();
+    assert!(killed.success() && child.wait().unwrap().success());
+}
+
+#[test]
+fn the_start_says_what_is_unsafe_about_a_shard() {
+    let unsafe_one = Server::start(Flavour::Redis7, &["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]);
+    let safe_one = Server::start(Flavour::Redis7, Server::DURABLE);
+    let (first, second) = (format!("loose={}", unsafe_one.url()), format!("sound={}", safe_one.url()));
+    let goflow = Goflow::start(&["--shard", &first, "--shard", &second]);
+    goflow.wait_for_log("allkeys-lru");
+    goflow.wait_for_log("shard=sound");
+    let warned = |shard: &str| {
+        let log = goflow.log();
+        let lines = log.iter().filter(|line| line.contains(" WARN ") && line.contains(shard)).cloned();
+        lines.collect::<Vec<String>>()
+    };
+    assert!(warned("shard=loose").iter().any(|line| line.contains("appendonly")), "{:?}", warned("shard=loose"));
+    assert_eq!(warned("shard=sound"), Vec::<String>::new());
 }
 
 #[test]

@@ -165,7 +165,8 @@ fn a_second_signal_stops_the_handlers_and_gives_their_jobs_back_uncounted() {
 fn a_lease_is_extended_for_as_long_as_the_handler_runs_and_a_killed_workers_job_comes_back() {
     let goflow = Goflow::start(&["--shard", "s1=memory:"]);
     let mut wire = goflow.wire();
-    let handler = "touch started; while [ ! -e go ]; do sleep 0.05; done; printf first";
+    // It outlives its worker, but not the directory.
+    let handler = "touch started; while [ -e started ] && [ ! -e go ]; do sleep 0.05; done; printf first";
     let worker = Worker::start(goflow.address(), &["--lease", "300"], &["sh", "-c", handler]);
     let id = enqueue(&mut wire, "1", "BACKOFF 1");
     eventually!("the handler runs", worker.dir.path().join("started").exists().then_some(()));
@@ -258,6 +259,9 @@ fn a_web_service_acknowledges_with_2xx_and_is_asked_again_when_it_says() {
         "503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n",
         "200 OK\r\nContent-Length: 6\r\n\r\nresult",
         "422 Unprocessable Entity\r\nContent-Length: 3\r\n\r\nbad",
+        "429 Too Many Requests\r\nRetry-After: Fri, 27 Nov 1970 12:00:00 GMT\r\nContent-Length: 0\r\n\r\n",
+        "204 No Content\r\n\r\n",
+        "500 Internal Server Error\r\nRetry-After: 1\r\nContent-Length: 4\r\n\r\nboom",
     ]);
     let _worker = Worker::start(goflow.address(), &["--http", &url], &[]);
     // With this backoff it would not be asked again before the test has given up.
@@ -265,6 +269,11 @@ fn a_web_service_acknowledges_with_2xx_and_is_asked_again_when_it_says() {
     assert_eq!(field(&mut wire, &id, "completed", "result"), "result");
     let dead = enqueue(&mut wire, "payload", "");
     assert_eq!(field(&mut wire, &dead, "dead", "error"), "status 422");
+    let limited = enqueue(&mut wire, "payload", "BACKOFF 3600000 BACKOFFMAX 3600000");
+    let job = job_in(&mut wire, &limited, "completed");
+    assert_eq!(job.field("attempt").integer(), 2, "a date that is past is now");
+    let failed = enqueue(&mut wire, "payload", "BACKOFF 3600000 BACKOFFMAX 3600000");
+    assert_eq!(field(&mut wire, &failed, "scheduled", "trace"), "boom");
     let requests = server.join().unwrap();
     assert!(requests[0].starts_with("post /jobs http/1.1\r\n"), "{}", requests[0]);
     assert!(requests[0].contains("\r\njob-type: mail\r\n") && requests[0].contains("\r\njob-attempt: 1\r\n"));
@@ -312,4 +321,72 @@ fn three_partitions_divide_the_shards_and_the_others_take_over_from_a_killed_one
         enqueue(&mut wire, &number.to_string(), "");
     }
     eventually!("all are completed by two", (stat(&mut wire, "completed") == 80).then_some(()));
+    workers[0] = start(1);
+    eventually!("the one that came back has its part again", {
+        let shares: Vec<Vec<i32>> = workers.iter().map(told).collect();
+        (shares == [vec![1, 4], vec![2], vec![3]]).then_some(())
+    });
+    // A wait that began before the change may still bring a job of another's part; no wait that began after it does.
+    eventually!("each of them works on its own part only", {
+        let ids: Vec<String> = (0..20).map(|number| enqueue(&mut wire, &number.to_string(), "")).collect();
+        let is_pure = |id: &String| {
+            let job = job_in(&mut wire, id, "completed");
+            let named = job.field("worker").text();
+            let worker = workers.iter().find(|worker| named.ends_with(&format!("-{}", worker.process.id())));
+            let share = told(worker.unwrap_or_else(|| panic!("nobody's: {job:?}")));
+            share.contains(&job.field("result").text().trim_start_matches('s').parse::<i32>().unwrap())
+        };
+        ids.iter().map(is_pure).fold(true, |all, one| all & one).then_some(())
+    });
+}
+
+#[test]
+fn a_worker_of_some_shards_takes_from_these_alone() {
+    let shards = ["--shard", "s1=memory:", "--shard", "s2=memory:", "--strategy", "round-robin"];
+    let goflow = Goflow::start(&shards);
+    let mut wire = goflow.wire();
+    let here: Vec<String> = (0..6).map(|_| enqueue(&mut wire, "x", "SHARD s2")).collect();
+    let there: Vec<String> = (0..6).map(|_| enqueue(&mut wire, "x", "SHARD s1")).collect();
+    let mut worker = Worker::start(goflow.address(), &["--shards", "s2", "--concurrency", "2"], &["cat"]);
+    here.iter().for_each(|id| drop(job_in(&mut wire, id, "completed")));
+    assert!(worker.terminate().success());
+    there.iter().for_each(|id| drop(job_in(&mut wire, id, "ready")));
+    assert_eq!(stat(&mut wire, "delivered"), 6);
+}
+
+#[test]
+fn the_jobs_of_a_killed_worker_all_come_back_and_each_is_done_once() {
+    let goflow = Goflow::start(&["--shard", "s1=memory:"]);
+    let mut wire = goflow.wire();
+    // They outlive their worker, but not the directory.
+    let handler = "touch $JOB_ID; while [ -e $JOB_ID ]; do sleep 0.5; done";
+    let mut worker =
+        Worker::start(goflow.address(), &["--concurrency", "50", "--lease", "1000"], &["sh", "-c", handler]);
+    let ids: Vec<String> = (0..50).map(|number| enqueue(&mut wire, &number.to_string(), "BACKOFF 1")).collect();
+    eventually!("all fifty run", (stat(&mut wire, "leased") == 50).then_some(()));
+    worker.process.kill();
+    let _second = Worker::start(goflow.address(), &["--concurrency", "10"], &["cat"]);
+    for (number, id) in ids.iter().enumerate() {
+        assert_eq!(field(&mut wire, id, "completed", "result"), number.to_string());
+    }
+    assert_eq!((stat(&mut wire, "lapsed"), stat(&mut wire, "completed")), (50, 50));
+}
+
+#[test]
+fn what_cannot_work_is_refused_before_a_job_is_taken() {
+    for (args, named) in [
+        (&["--queue", "bad name", "--", "cat"][..], "--queue bad name"),
+        (&["--queue", "main"], "-- PROGRAM or --http"),
+        (&["--queue", "main", "--http", "https://there/"], "http://HOST"),
+        (&["--queue", "main", "--password-file", "/nowhere", "--", "cat"], "/nowhere"),
+        (&["--queue", "main", "--server", "ftp://there", "--", "cat"], "--server"),
+        (&["--queue", "main", "--partition", "4/3", "--", "cat"], "1/3"),
+        (&["--queue", "main", "--dead-exit", "0", "--", "cat"], "--dead-exit"),
+        (&["--queue", "main", "--http", "http://a/", "--", "cat"], "--http"),
+    ] {
+        let args: Vec<&str> = ["worker"].iter().chain(args).copied().collect();
+        let (status, _, said) = Goflow::run(&args);
+        assert_eq!(status.code(), Some(64), "{args:?}: {said}");
+        assert!(said.contains(named), "{args:?}: {said}");
+    }
 }

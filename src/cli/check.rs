@@ -1,18 +1,21 @@
 //! `goflow check`: says whether a configuration would start, and what each shard answers.
 //!
 //! Changes nothing on a shard: a stamp is read and compared, not taken, so that the next configuration can be checked while
-//! the present one runs. An embedded shard is the exception that it cannot be opened while a server has it open.
+//! the present one runs. An embedded shard is the exception that it cannot be opened while a server has it open; one whose
+//! directory is not there yet is not made, or it would be there under another user's name than the server's.
 //! Exit code 0 if `goflow serve` would start and reach every shard, else 1; what is only unsafe is a warning.
 
 use std::fmt::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use rustix::fs::{Access, access};
 
-use crate::config::Config;
+use crate::config::{Config, ShardConfig, ShardUrl};
 use crate::dispatch::ShardEntry;
-use crate::error::Error;
+use crate::error::{Error, Happened};
 use crate::shard::{Health, Stamp};
 
 /// What one shard said.
@@ -32,14 +35,48 @@ pub fn run(config: &Config, open: impl FnOnce(&Config) -> Result<Vec<ShardEntry>
             return ExitCode::FAILURE;
         }
     };
+    let (made, unmade): (Vec<ShardConfig>, Vec<ShardConfig>) =
+        config.shard.iter().cloned().partition(|shard| unmade_dir(shard).is_none());
+    let there = Config { shard: made, ..config.clone() };
     let (text, problems) = runtime.block_on(async {
-        match open(config) {
-            Ok(shards) => report(config, &join_all(shards.iter().map(|entry| examine(entry, patience(config)))).await),
+        match open(&there) {
+            Ok(shards) => {
+                let examined = join_all(shards.iter().map(|entry| examine(entry, patience(config)))).await;
+                let findings: Vec<Finding> = examined.into_iter().chain(unmade.iter().filter_map(foresee)).collect();
+                report(config, &findings)
+            }
             Err(why) => (format!("would not start: {why}\n"), 1),
         }
     });
     print!("{text}");
     ExitCode::from(u8::from(problems > 0))
+}
+
+/// The directory of an embedded shard that has none yet.
+fn unmade_dir(shard: &ShardConfig) -> Option<&Path> {
+    match &shard.url {
+        ShardUrl::Embedded { dir } if !dir.exists() => Some(dir),
+        _ => None,
+    }
+}
+
+/// What will be found of such a shard once a server has started.
+fn foresee(shard: &ShardConfig) -> Option<Finding> {
+    let dir = unmade_dir(shard)?;
+    let above = dir.ancestors().skip(1).find(|above| above.exists()).unwrap_or(dir);
+    let above = if above == Path::new("") { Path::new(".") } else { above };
+    let health = match access(above, Access::WRITE_OK | Access::EXEC_OK) {
+        Ok(()) if above.is_dir() => Ok(Health {
+            server: "embedded".into(),
+            durability: "its directory is not there yet and will be made".into(),
+            warnings: Vec::new(),
+        }),
+        _ => {
+            let why = format!("cannot be made: {} is no directory that may be written to", above.display());
+            Err(Error::shard_down(&shard.name, &why, Happened::No))
+        }
+    };
+    Some(Finding { name: shard.name.clone(), weight: shard.weight, health, stamp: Ok(None) })
 }
 
 fn patience(config: &Config) -> Duration {
@@ -49,7 +86,7 @@ fn patience(config: &Config) -> Duration {
 async fn examine(entry: &ShardEntry, patience: Duration) -> Finding {
     let asked = async { (entry.shard.probe().await, entry.shard.stamp().await) };
     let (health, stamp) = tokio::time::timeout(patience, asked).await.unwrap_or_else(|_| {
-        let late = Error::shard_down(&entry.name, "did not answer in time", crate::error::Happened::No);
+        let late = Error::shard_down(&entry.name, "did not answer in time", Happened::No);
         (Err(late.clone()), Err(late))
     });
     Finding { name: entry.name.to_string(), weight: entry.weight, health, stamp }
@@ -58,12 +95,16 @@ async fn examine(entry: &ShardEntry, patience: Duration) -> Finding {
 /// The report, and how many problems it holds.
 fn report(config: &Config, findings: &[Finding]) -> (String, usize) {
     let mut text = format!(
-        "deployment {}, strategy {}, {} threads, to listen at {}\n",
+        "deployment {}, strategy {}, {} threads, to listen at {}, http {}\n",
         config.deployment,
         config.strategy.word(),
         config.threads(),
-        config.listen
+        config.listen,
+        config.http.0.map_or_else(|| "off".to_owned(), |address| format!("at {address}"))
     );
+    for webhook in &config.webhook {
+        let _ = writeln!(text, "  webhook {} to queue {}", webhook.path, webhook.queue);
+    }
     let (mut problems, mut warnings) = (0, 0);
     for finding in findings {
         let mut line = |mark: &str, what: &str| {
@@ -134,7 +175,6 @@ fn conflict(config: &Config, name: &str, stamp: &Stamp) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Happened;
 
     fn config() -> Config {
         let shards = ("GOFLOW_SHARDS".to_string(), "a=redis://u:hush@h,c=redis+cluster://p,q?partitions=2".to_string());
@@ -189,6 +229,24 @@ mod tests {
         assert!(with(|stamp| stamp.shard = "b".into()).unwrap().contains("shard b"));
         assert!(with(|stamp| stamp.map_version = 4).unwrap().contains("newer"));
         assert!(with(|stamp| stamp.map = "a*2".into()).unwrap().contains("raise map_version"));
+    }
+
+    #[test]
+    fn an_embedded_shard_that_is_not_there_is_foreseen_and_not_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("new/data");
+        let foreseen = |at: &Path| {
+            let shards = ("GOFLOW_SHARDS".to_string(), format!("a=embedded:{}", at.display()));
+            let config = Config::load(None, [shards], &[]).unwrap();
+            report(&config, &config.shard.iter().filter_map(foresee).collect::<Vec<_>>())
+        };
+        let (text, problems) = foreseen(&inside);
+        assert!(problems == 0 && text.contains("will be made"), "{text}");
+        assert!(!dir.path().join("new").exists());
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let (text, problems) = foreseen(&file.join("data"));
+        assert!(problems == 1 && text.contains("file is no directory that may be written to"), "{text}");
     }
 
     #[test]

@@ -12,13 +12,14 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use crate::clock::Millis;
+use crate::clock::{self, Millis};
+use crate::job::Name;
 use link::{CallError, Link, Server};
 use task::{Handler, Task, Verdict};
 
@@ -33,6 +34,8 @@ const BLOCK_MS: Millis = 2_000;
 /// Between tries after a failure: at first, and at most.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// At most so often all slots together say that they cannot take jobs.
+const COMPLAIN_EVERY_MS: Millis = 1_000;
 
 /// Run a program, or call a local web service, for each job of a queue
 #[derive(Clone, Debug, clap::Args)]
@@ -84,6 +87,10 @@ pub struct Options {
 
 impl Options {
     pub fn check(&self) -> Result<(), String> {
+        for queue in &self.queue {
+            Name::parse(queue.as_bytes()).map_err(|error| format!("--queue {queue}: {}", error.text))?;
+        }
+        Server::new(&self.server, self.password_file.as_deref())?;
         match (&self.http, self.handler.first()) {
             (None, None) => Err("nothing to do the jobs: expected -- PROGRAM or --http URL".into()),
             (Some(url), _) => service::Service::parse(url).map(|_| ()),
@@ -114,11 +121,29 @@ struct Worker {
     stopping: watch::Receiver<bool>,
     /// The handler cannot be started at all; the worker ends with an error.
     broken: AtomicBool,
+    /// When a slot last told why it cannot take jobs; all slots mostly have one reason.
+    complained_at: AtomicU64,
+}
+
+impl Worker {
+    fn complain(&self, error: &CallError) {
+        let now = clock::now();
+        let last = self.complained_at.swap(now, Ordering::Relaxed);
+        match now.abs_diff(last) >= COMPLAIN_EVERY_MS {
+            true => tracing::warn!(%error, "cannot take jobs; trying again"),
+            false => {
+                self.complained_at.store(last, Ordering::Relaxed);
+                tracing::debug!(%error, "cannot take jobs; trying again");
+            }
+        }
+    }
 }
 
 /// Works until a signal ends it: 0, or 1 if the handler cannot be started.
 pub fn run(options: &Options) -> ExitCode {
-    tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).with_max_level(options.log).init();
+    let log = tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).with_max_level(options.log);
+    // Whoever read the log may go away; the jobs go on.
+    log.log_internal_errors(false).init();
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error.to_string()),
@@ -151,6 +176,7 @@ async fn work(options: Options) -> Result<(), String> {
     let worker = Arc::new(Worker {
         name: options.name(),
         broken: AtomicBool::new(false),
+        complained_at: AtomicU64::new(0),
         options,
         server,
         handler,
@@ -242,7 +268,7 @@ async fn slot(worker: Arc<Worker>) {
                 one(&mut link, &worker, task).await;
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot take jobs; trying again");
+                worker.complain(&error);
                 tokio::select! {
                     () = tokio::time::sleep(jittered(pause)) => {}
                     () = raised(&worker.draining) => {}

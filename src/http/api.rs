@@ -379,6 +379,17 @@ mod tests {
     }
 
     #[test]
+    fn every_option_of_the_command_is_a_field() {
+        let words: Vec<Bytes> = [&b"GOFLOW.ENQUEUE"[..], b"main", b"x"].map(Bytes::from_static).to_vec();
+        let row = command::find(&words).unwrap();
+        for token in row.args.iter().filter_map(|arg| arg.token) {
+            let is_field = FIELDS.iter().any(|(_, word)| *word == token);
+            let is_shaped = SHAPED.contains(&token.to_ascii_lowercase().as_str());
+            assert!(is_field || is_shaped, "a job over HTTP cannot say {token}");
+        }
+    }
+
+    #[test]
     fn every_field_and_path_is_in_the_description() {
         let description: Value = serde_json::from_str(OPENAPI).unwrap();
         let described = description["components"]["schemas"]["Job"]["properties"].as_object().unwrap();

@@ -4,7 +4,7 @@
 //! that no retry can help; anything else, and silence, fails it. A new connection for each job, so that a service may be
 //! restarted at any time.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
@@ -65,9 +65,8 @@ impl Service {
         let exchange = async {
             let answer = sender.send_request(self.request(task)?).await.map_err(|error| told(&error))?;
             let status = answer.status();
-            let retry_ms =
-                answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.trim().parse::<u64>().ok());
-            let retry_ms = retry_ms.map(|seconds| seconds.saturating_mul(1_000).min(RETRY_MS_MAX));
+            let retry_ms = answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
+            let retry_ms = retry_ms.and_then(|value| retry_after(value, SystemTime::now()));
             let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
             let body = body.map(|body| body.to_bytes()).map_err(|error| told(&error))?;
             Ok(Answer { status, retry_ms, body })
@@ -100,6 +99,18 @@ impl Service {
         }
         Ok(request)
     }
+}
+
+/// `Retry-After` in seconds or as a date.
+fn retry_after(value: &str, now: SystemTime) -> Option<Millis> {
+    let ms = match value.trim().parse::<u64>() {
+        Ok(seconds) => seconds.saturating_mul(1_000),
+        // A date that is past is now.
+        Err(_) => {
+            httpdate::parse_http_date(value.trim()).ok()?.duration_since(now).unwrap_or_default().as_millis() as Millis
+        }
+    };
+    Some(ms.min(RETRY_MS_MAX))
 }
 
 fn verdict(answer: Answer) -> Verdict {
@@ -137,6 +148,23 @@ mod tests {
         ] {
             let Verdict::Fail { retry_ms, dead, .. } = verdict(answer(status, retry)) else { panic!("{status}") };
             assert_eq!((retry_ms, dead), expected, "{status}");
+        }
+    }
+
+    #[test]
+    fn a_service_says_when_in_seconds_or_by_a_date() {
+        let now = httpdate::parse_http_date("Fri, 27 Nov 2026 12:00:00 GMT").unwrap();
+        for (value, expected) in [
+            ("0", Some(0)),
+            (" 7 ", Some(7_000)),
+            ("Fri, 27 Nov 2026 12:00:05 GMT", Some(5_000)),
+            ("Fri, 27 Nov 2026 11:00:00 GMT", Some(0)),
+            ("Sun, 27 Dec 2026 12:00:00 GMT", Some(RETRY_MS_MAX)),
+            ("99999999999999999999", None),
+            ("soon", None),
+            ("-1", None),
+        ] {
+            assert_eq!(retry_after(value, now), expected, "{value}");
         }
     }
 

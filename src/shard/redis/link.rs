@@ -20,11 +20,13 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::task::AtomicWaker;
+use prometheus::Histogram;
 use tokio::io::{AsyncReadExt, AsyncWrite};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout};
 
 use crate::error::{Code, Error, Happened, Result};
+use crate::metrics;
 use crate::resp::reply::Protocol;
 use crate::resp::scan::{ScanState, reply_end};
 use crate::shard::{Dial, Socket};
@@ -128,6 +130,7 @@ pub struct Link {
     generation: AtomicU64,
     reply_bytes_max: usize,
     on_heard: Option<OnHeard>,
+    round_trips: Option<Histogram>,
 }
 
 impl Link {
@@ -150,6 +153,7 @@ impl Link {
         on_heard: Option<OnHeard>,
     ) -> Arc<Link> {
         let link = Arc::new(Link {
+            round_trips: metrics::link_seconds(&shard),
             shard,
             state: Mutex::default(),
             driver: AtomicWaker::new(),
@@ -284,6 +288,13 @@ struct Connection<'a> {
     finished: Vec<(oneshot::Sender<Result<Bytes>>, Result<Bytes>)>,
     look: Interval,
     heard_at: Instant,
+    trip: Option<Trip>,
+}
+
+/// The round trip that is measured, one at a time: how many replies come before its own, and when it was sent.
+struct Trip {
+    ahead: usize,
+    began: Instant,
 }
 
 impl<'a> Connection<'a> {
@@ -303,6 +314,7 @@ impl<'a> Connection<'a> {
             finished: Vec::new(),
             look,
             heard_at: Instant::now(),
+            trip: None,
         }
     }
 
@@ -339,6 +351,10 @@ impl<'a> Connection<'a> {
                 }
                 if state.due.len() == state.unsent_requests {
                     self.heard_at = Instant::now();
+                }
+                if self.trip.is_none() && state.unsent_requests > 0 {
+                    let ahead = state.due.len() - state.unsent_requests;
+                    self.trip = Some(Trip { ahead, began: Instant::now() });
                 }
                 std::mem::swap(&mut self.sending, &mut state.unsent);
                 state.unsent_requests = 0;
@@ -420,6 +436,16 @@ impl<'a> Connection<'a> {
                 };
                 self.finished.push((due.answer, bytes));
                 (self.cut, self.cut_bytes) = (0, 0);
+                match &mut self.trip {
+                    Some(Trip { ahead: 0, began }) => {
+                        if let Some(round_trips) = &self.link.round_trips {
+                            round_trips.observe(self.heard_at.saturating_duration_since(*began).as_secs_f64());
+                        }
+                        self.trip = None;
+                    }
+                    Some(trip) => trip.ahead -= 1,
+                    None => {}
+                }
             }
         }
     }
