@@ -43,6 +43,8 @@ const FIELDS: &[(&str, &str)] = &[
     ("backoff_ms", "BACKOFF"),
     ("backoff_max_ms", "BACKOFFMAX"),
     ("ttl_ms", "TTL"),
+    ("group", "GROUP"),
+    ("concurrency", "CONCURRENCY"),
     ("shard", "SHARD"),
 ];
 /// Fields with a shape of their own.
