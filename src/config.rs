@@ -22,6 +22,7 @@ use toml::{Table, Value};
 use crate::alert::Alerts;
 use crate::clock::Millis;
 use crate::command::Limits;
+use crate::dispatch::bound::Terms;
 use crate::dispatch::router::Strategy;
 use crate::execute::durable::{Acked, Rule};
 use crate::job::{Policy, is_shard_name};
@@ -67,6 +68,7 @@ pub struct Config {
     pub limits: LimitsConfig,
     pub queue: QueueConfig,
     pub timeouts: TimeoutsConfig,
+    pub worker: WorkerConfig,
     pub auth: AuthConfig,
     pub forward: ForwardConfig,
     pub list: Vec<ListConfig>,
@@ -90,6 +92,7 @@ impl Default for Config {
             limits: LimitsConfig::default(),
             queue: QueueConfig::default(),
             timeouts: TimeoutsConfig::default(),
+            worker: WorkerConfig::default(),
             auth: AuthConfig::default(),
             forward: ForwardConfig::default(),
             list: Vec::new(),
@@ -318,6 +321,34 @@ impl TimeoutsConfig {
 
     pub fn keepalive(&self) -> Option<Duration> {
         (self.keepalive_ms > 0).then(|| Duration::from_millis(self.keepalive_ms))
+    }
+}
+
+/// `[worker]`: the sessions of workers that bind their jobs.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WorkerConfig {
+    /// How long a session outlives a proxy that dies. Its end is moved three times as often.
+    #[serde(deserialize_with = "within::<_, _, 500, 600_000>")]
+    pub keep_ms: Millis,
+    /// How long a session with a name outlives its last connection.
+    #[serde(deserialize_with = "within::<_, _, 0, 600_000>")]
+    pub grace_ms: Millis,
+    /// How long a bound job may run, where its DEQUEUE does not say.
+    #[serde(deserialize_with = "within::<_, _, 1, 604_800_000>")]
+    pub run_ms: Millis,
+}
+
+impl Default for WorkerConfig {
+    fn default() -> Self {
+        let Terms { keep_ms, grace_ms } = Terms::default();
+        WorkerConfig { keep_ms, grace_ms, run_ms: Limits::default().run_ms }
+    }
+}
+
+impl WorkerConfig {
+    pub fn terms(&self) -> Terms {
+        Terms { keep_ms: self.keep_ms, grace_ms: self.grace_ms }
     }
 }
 
@@ -757,6 +788,7 @@ impl Config {
         let (limits, queue) = (&self.limits, &self.queue);
         let pairs = [
             ("queue.lease_ms", queue.lease_ms, "limits.lease_ms_max", limits.lease_ms_max),
+            ("worker.run_ms", self.worker.run_ms, "limits.lease_ms_max", limits.lease_ms_max),
             ("queue.backoff_ms", queue.backoff_ms, "queue.backoff_max_ms", queue.backoff_max_ms),
             (
                 "limits.payload_bytes_max",
@@ -847,6 +879,7 @@ impl Config {
             payload_bytes_max: self.limits.payload_bytes_max,
             lease_ms: self.queue.lease_ms,
             lease_ms_max: self.limits.lease_ms_max,
+            run_ms: self.worker.run_ms,
             batch_jobs_max: self.limits.batch_jobs_max,
             block_ms_max: self.limits.block_ms_max,
             policy: Arc::new(Policy {

@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 
 use crate::clock::Millis;
 use crate::command::{Acquire, Dequeue, Enqueue, JobAddress, Merge, Plan, Render, Route, job, lock};
+use crate::dispatch::bound::Binding;
 use crate::dispatch::lane::{Hold, Lane, Leased, new_tokens};
 use crate::dispatch::turnstile::{self, Claim, Wanted};
 use crate::dispatch::waiting::Ticket;
@@ -42,6 +43,9 @@ pub struct Asker {
 #[derive(Debug)]
 pub enum Keep {
     Jobs(Hold),
+    /// Jobs of a worker session, which the connection looks after from here.
+    /// Doubtful: the client may have given up waiting for them.
+    Bound(Hold, Binding, bool),
     Elements(GiveBack),
     /// Elements of a durable list, which the session keeps until they are acked.
     Popped(Popped),
@@ -53,10 +57,18 @@ impl Keep {
     /// The client has it.
     pub fn settle(self) {
         match self {
-            Keep::Jobs(hold) => hold.settle(),
+            Keep::Jobs(hold) | Keep::Bound(hold, ..) => hold.settle(),
             Keep::Elements(back) => back.settle(),
             Keep::Popped(popped) => popped.ack(),
             Keep::Grant(claim) => claim.settle(),
+        }
+    }
+
+    /// Jobs that are the worker session's once the client has them.
+    pub fn bound(self, binding: &Binding, is_doubtful: bool) -> Keep {
+        match self {
+            Keep::Jobs(hold) => Keep::Bound(hold, binding.clone(), is_doubtful),
+            keep => keep,
         }
     }
 }

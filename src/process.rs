@@ -12,6 +12,7 @@ use crate::clock;
 use crate::command::admin::Totals;
 use crate::command::{Ask, Limits};
 use crate::dispatch::Dispatcher;
+use crate::dispatch::bound::Workers;
 use crate::error::{Code, Error, Result};
 use crate::execute::Answer;
 use crate::execute::durable::Rule;
@@ -24,6 +25,7 @@ use crate::resp::request::Bounds;
 use crate::shard::{Action, Op, Outcome};
 
 pub mod slowlog;
+mod workers;
 
 /// The version of Redis whose commands and replies clients may expect here.
 pub const REDIS_VERSION: &str = "7.2.0";
@@ -81,6 +83,8 @@ pub struct Process {
     pub bounds: Bounds,
     pub auth: Auth,
     pub clients: Clients,
+    /// The worker sessions of its connections.
+    pub workers: Arc<Workers>,
     pub started_at: Instant,
     pub listen_port: u16,
     /// What `CONFIG GET` shows: names and values of the settings.
@@ -183,6 +187,10 @@ impl Process {
             Ask::Totals => {
                 let process = self.clone();
                 Answer::Later(Box::pin(async move { process.totals().await.into() }))
+            }
+            Ask::Workers { queue, offset, count } => {
+                let process = self.clone();
+                Answer::Later(Box::pin(async move { process.show_workers(queue, offset, count).await.into() }))
             }
             Ask::Shards => Answer::reply(self.shards()),
             Ask::Drain { shard, draining } => Answer::Done(self.drain(&shard, draining).into()),

@@ -22,6 +22,7 @@ use tokio::sync::watch;
 use crate::alert::{Alerts, teller};
 use crate::clients::Clients;
 use crate::command::{self, Limits, ordinary};
+use crate::dispatch::bound::{Terms, Workers};
 use crate::dispatch::lane::Lane;
 use crate::dispatch::router::Strategy;
 use crate::dispatch::{Dispatcher, MapStamp, ShardEntry, sampler};
@@ -49,6 +50,8 @@ pub struct Setup {
     /// `None`: the kernel's own.
     pub keepalive: Option<Duration>,
     pub drain: Duration,
+    /// How long worker sessions last.
+    pub sessions: Terms,
     pub shards: Vec<ShardEntry>,
     pub map: MapStamp,
     pub strategy: Strategy,
@@ -82,6 +85,7 @@ pub fn serve(setup: Setup) -> io::Result<()> {
     let process = Arc::new(Process {
         lists: setup.lists,
         alerts: Arc::new(setup.alerts),
+        workers: Arc::new(Workers::new(setup.sessions)),
         forwarding: Forwarding::new(dispatcher.clone(), setup.allowed, setup.together, setup.output_bytes_max),
         dispatcher,
         limits: Arc::new(setup.limits),
@@ -216,6 +220,7 @@ async fn wait_for_signal() -> io::Result<()> {
 /// Ends the sessions in order, then lets the lanes run empty; gives up after `limit`.
 async fn drained(process: &Process, limit: Duration) {
     process.draining.store(true, Ordering::Relaxed);
+    process.workers.drain();
     process.clients.wake_all();
     let all = async {
         let mut look = tokio::time::interval(Duration::from_millis(5));

@@ -7,6 +7,7 @@
 //! Promises: exactly one reply per request, in order; a client that hangs up while it waits is noticed then; jobs that
 //! were taken for a client and not written to its socket go back uncounted; neither input, answers in flight nor output
 //! grow beyond their bounds: at a bound the session stops reading; what is bound to the connection is given back at its end.
+//! Which later request shows that a delivery was read is decided here; what follows from it is `dispatch/bound.rs`.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
@@ -22,13 +23,15 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
 use crate::clients::{Peer, Unblock};
 use crate::command::ordinary;
-use crate::command::{self, Connection, Context, Plan, ReplyMode};
+use crate::command::{self, Connection, Context, Dequeue, Plan, ReplyMode};
+use crate::dispatch::bound::{Binding, Membership};
 use crate::dispatch::turnstile::Claim;
 use crate::error::{Code, Error};
 use crate::execute::durable::{self, Unacked};
 use crate::execute::{Answer, Asker, Done, Keep, execute};
 use crate::forward::conversation::Conversation;
 use crate::forward::{Request, Ways};
+use crate::job::{Lease, parse_receipt};
 use crate::process::Process;
 use crate::process::slowlog::Slow;
 use crate::resp::reply::{Protocol, Reply};
@@ -44,6 +47,9 @@ const PIPELINE_FIRST: usize = 64;
 const OUTPUT_PAUSE: usize = 256 << 10;
 /// While a client waits, so much of what it sends behind is read, to notice when it hangs up.
 const READ_AHEAD: usize = 64 << 10;
+/// A client that sends more after it has waited this long for jobs may have given up; one that sends many requests
+/// together does not wait so long in between.
+const ABANDONED_AFTER: Duration = Duration::from_millis(50);
 /// How long a wrong password waits for its answer.
 const WRONG_PASS_REST: Duration = Duration::from_millis(100);
 /// Room for one read: at first, and at most.
@@ -80,6 +86,8 @@ struct Pending {
     mute: bool,
     what: What,
     began: Instant,
+    /// What the jobs that it brings are bound to.
+    binding: Option<Binding>,
 }
 
 /// What a request is, for those who count and time it.
@@ -119,6 +127,8 @@ struct Session<S> {
     /// The most that was reserved for `input` since it was last given back.
     input_size: usize,
     read_size: usize,
+    /// Bytes ever read.
+    received: u64,
     input_ended: bool,
     /// No further request is parsed; the connection closes when its answers are out.
     closing: bool,
@@ -133,6 +143,7 @@ struct Session<S> {
     unacked: Unacked,
     /// Locks and slots that are held as long as the connection lives, by their tokens.
     bonds: HashMap<u64, Claim>,
+    membership: Membership,
     reply_mode: ReplyMode,
     /// The request that is being started.
     what: What,
@@ -156,6 +167,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             reply_bytes: bytes_max / 2 / PIPELINE_FIRST,
             asker: Asker { session: peer.id, block_ms_max: process.limits.block_ms_max },
             context: Context { protocol: Protocol::Resp2, client_id: peer.id, limits: process.limits.clone() },
+            membership: Membership::new(process.workers.clone(), peer.id),
             peer,
             process,
             authenticated,
@@ -164,6 +176,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             input: BytesMut::new(),
             input_size: 0,
             read_size: READ_MIN,
+            received: 0,
             input_ended: false,
             closing: false,
             pending: VecDeque::new(),
@@ -255,11 +268,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 self.peer.blocked.store(false, Ordering::Relaxed);
             }
             let (protocol, mute) = (pending.protocol, pending.mute);
+            let mut binding = None;
             if let Some(pending) = self.pending.pop_front() {
                 self.count(&pending, &done, waits);
+                let waited = self.now.saturating_duration_since(pending.began);
+                binding = pending.binding.map(|binding| (binding, waited));
             }
             let before = self.output.len();
-            self.write(done, protocol, mute);
+            self.write(done, protocol, mute, binding);
             let size = self.output.len() - before;
             // Forgotten slowly: large ones among small ones are seldom alone.
             self.reply_bytes = size.max(self.reply_bytes - self.reply_bytes.div_ceil(1_024)).max(1);
@@ -290,19 +306,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         }
     }
 
-    fn write(&mut self, done: Done, protocol: Protocol, mute: bool) {
+    fn write(&mut self, done: Done, protocol: Protocol, mute: bool, binding: Option<(Binding, Duration)>) {
         if mute {
             // The client asked not to hear the answer, so jobs in it would be lost to it: dropped, they go back.
             return;
         }
         let before = self.output.len();
         let bytes_max = self.process.forwarding.reply_bytes_max;
-        let holds = done.write(protocol, &mut self.output);
+        let mut holds = done.write(protocol, &mut self.output);
         if self.output.len() - before > bytes_max {
             // What was taken for it goes back.
             self.output.truncate(before);
             Reply::Error(too_big(bytes_max)).encode(protocol, &mut self.output);
             return;
+        }
+        if let Some((binding, waited)) = binding {
+            let more_came = !self.input.is_empty() || !self.pending.is_empty();
+            let is_doubtful = more_came && waited >= ABANDONED_AFTER;
+            holds = holds.into_iter().map(|keep| keep.bound(&binding, is_doubtful)).collect();
         }
         if !holds.is_empty() {
             self.holds.push_back((self.written + self.output.len() as u64, holds));
@@ -318,8 +339,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             && !self.pending.back().is_some_and(|pending| pending.answer.holds_back())
         {
             let mut words = std::mem::take(&mut self.words);
+            let at = self.received.saturating_sub(self.input.len() as u64);
             match self.parser.next(&mut self.input, &mut words) {
                 Ok(Parsed::Request) => {
+                    if self.membership.has_unread() {
+                        let (named, ends) = named_leases(&words);
+                        self.membership.note_request(at, &named, ends);
+                    }
                     self.start(&words);
                     started = true;
                 }
@@ -350,7 +376,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         };
         let protocol = self.context.protocol;
         let what = std::mem::take(&mut self.what);
-        self.pending.push_back(Pending { answer, protocol, mute, what, began: self.now });
+        self.pending.push_back(Pending { answer, protocol, mute, what, began: self.now, binding: None });
     }
 
     /// Moves messages of subscriptions to the output; false when the client fell too far behind.
@@ -401,6 +427,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             self.what.subject = words.get(row.name_words).cloned().unwrap_or_default();
         }
         let intercepted = self.conversation.intercept(row.spec.name, words, protocol);
+        let mut binding = None;
         let answer = match (self.authenticated || row.is_allowed_before_auth(), intercepted) {
             (false, _) => Answer::reply(no_auth()),
             (true, Some(started)) => started.into(),
@@ -413,11 +440,27 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                         self.peer.is_worker.store(true, Ordering::Relaxed);
                     }
                     self.loosen(&plan);
-                    execute(plan, &self.process.dispatcher, self.asker)
+                    match self.join(&plan) {
+                        Err(error) => Answer::reply(error.into()),
+                        Ok(joined) => {
+                            binding = joined;
+                            execute(plan, &self.process.dispatcher, self.asker)
+                        }
+                    }
                 }
             },
         };
         self.push(answer);
+        if let Some(pending) = self.pending.back_mut() {
+            pending.binding = binding;
+        }
+    }
+
+    /// Makes the connection one of the worker session that the jobs of a DEQUEUE are to be bound to.
+    fn join(&mut self, plan: &Plan) -> Result<Option<Binding>, Error> {
+        let Plan::Dequeue(Dequeue { queues, worker, bind: Some(run_ms), .. }) = plan else { return Ok(None) };
+        let map = self.process.dispatcher.map();
+        self.membership.join(worker, queues, &map.lanes, *run_ms).map(Some)
     }
 
     /// What the client releases itself is not bound to the connection any more.
@@ -560,6 +603,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             for keep in holds {
                 match keep {
                     Keep::Popped(popped) => self.unacked.put(popped),
+                    Keep::Bound(hold, binding, is_doubtful) => {
+                        let from = (!is_doubtful).then_some(self.received);
+                        self.membership.note_written(hold, binding, from);
+                    }
                     Keep::Grant(claim) if claim.is_bound() => drop(self.bonds.insert(claim.token(), claim)),
                     keep => keep.settle(),
                 }
@@ -603,11 +650,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 if count == room {
                     self.read_size = (self.read_size * 2).min(READ_MAX);
                 }
+                self.received += count as u64;
                 self.process.bytes_in.fetch_add(count as u64, Ordering::Relaxed);
                 Poll::Ready(Ok(()))
             }
         }
     }
+}
+
+/// The leases that a request names by their receipts, and whether it ends them.
+fn named_leases(words: &[Bytes]) -> (Vec<Lease>, bool) {
+    let Some(name) = words.first() else { return (Vec::new(), false) };
+    let is = |known: &str| name.eq_ignore_ascii_case(known.as_bytes());
+    let ends = is("GOFLOW.ACK") || is("GOFLOW.FAIL") || is("GOFLOW.RELEASE");
+    if !ends && !is("GOFLOW.PROGRESS") && !is("GOFLOW.EXTEND") {
+        return (Vec::new(), false);
+    }
+    (words.iter().skip(2).filter_map(|word| parse_receipt(word).ok()).map(|(lease, _)| lease).collect(), ends)
 }
 
 fn no_auth() -> Reply {

@@ -62,3 +62,5 @@ mod waiting;
 mod webhook;
 /// `goflow worker`: handlers in three languages, and every way in which one may end.
 mod worker;
+/// Worker sessions: bound jobs of workers that live, die, reconnect, time out and never answer.
+mod workers;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use goflow::clock::UnixMs;
 use goflow::job::{JobRef, JobState, Lease, Name, Policy};
-use goflow::shard::{Action, DeathGroup, DeathMark, Op, Outcome, Placed, Retention, Rules, Shard, Start};
+use goflow::shard::{Action, DeathGroup, DeathMark, Op, Outcome, Party, Placed, Retention, Rules, Shard, Start};
 
 use crate::conformance::trial::{BEGIN, block_on, name};
 use crate::conformance::{Home, Keeper};
@@ -127,8 +127,22 @@ impl Author {
             91..94 => Action::DeadRetry { jobs: (0..self.rng.random_range(1..4)).map(|_| self.job()).collect() },
             94 => Action::DeadRetryAll { until: self.retry_until.filter(|_| self.rng.random_bool(0.5)) },
             95 => Action::DeadDelete { jobs: (0..self.rng.random_range(1..3)).map(|_| self.job()).collect() },
-            96..98 => Action::Pause { paused: false },
+            96 => Action::Pause { paused: false },
+            97..99 => self.keep(),
             _ => Action::Tick,
+        }
+    }
+
+    fn keep(&mut self) -> Action {
+        let party = |author: &mut Author| Party {
+            session: author.key("session"),
+            run_ms: author.rng.random_range(0..15_000),
+            leases: (0..author.rng.random_range(0..4)).map(|_| author.lease()).collect(),
+        };
+        Action::Keep {
+            keeper: self.rng.random_range(0..3),
+            keep_ms: self.rng.random_range(0..5_000) * self.rng.random_range(0..3),
+            parties: (0..self.rng.random_range(1..4)).map(|_| party(self)).collect(),
         }
     }
 
@@ -288,6 +302,7 @@ impl Pair {
             ops.extend(states.map(|state| op(Action::Len { state })));
             ops.push(op(Action::Stats));
             ops.push(op(Action::Outbox));
+            ops.push(op(Action::Sessions { offset: 0, count: 1000 }));
             self.apply(at, &ops).await?;
         }
         Ok(())

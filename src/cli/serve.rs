@@ -75,6 +75,7 @@ fn setup(config: &Config, shards: Vec<ShardEntry>) -> Result<Setup, ConfigError>
         connections_max: config.limits.connections_max,
         keepalive: config.timeouts.keepalive(),
         drain: config.timeouts.drain(),
+        sessions: config.worker.terms(),
         shards,
         map: MapStamp {
             deployment: config.deployment.clone(),

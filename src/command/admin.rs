@@ -13,6 +13,8 @@ use crate::resp::reply::Reply;
 use crate::shard::{Action, Op, Outcome, Stats};
 
 const QUEUE: Arg = Arg::new("queue", Kind::Queue);
+/// Most worker sessions in one reply.
+const WORKERS_SHOWN_MAX: i64 = 1_000;
 const ANYTHING: &[Arg] = &[Arg::new("argument", Kind::Text).many().optional()];
 const OPS: Spec = Spec { group: Group::Operations, ..Spec::BASE };
 const SERVER: Spec = Spec { group: Group::Server, since: "1.0.0", ..Spec::BASE };
@@ -71,6 +73,36 @@ pub static ROWS: &[Spec] = &[
  5# \"ready\" => (integer) 1
 ...",
         plan: stats,
+        ..OPS
+    },
+    Spec {
+        name: "GOFLOW.WORKERS",
+        summary: "Shows the worker sessions, and what they hold.",
+        args: &[
+            QUEUE.optional(),
+            Arg::option("OFFSET", "n", Kind::Integer(0, i64::MAX)),
+            Arg::option("COUNT", "n", Kind::Integer(1, WORKERS_SHOWN_MAX)),
+        ],
+        flags: &[Flag::ReadOnly],
+        reply: "An array of maps by name, those without a name last: `worker` (null for a connection without a name), \
+                `connections`, the numbers that `CLIENT LIST` shows of those to this proxy; `leased`, how many jobs it holds; \
+                and `held`, a map for each queue and shard where it holds any, of `queue`, `shard`, `leased`, `held_ms` (for how \
+                long without a break), `oldest_ms` (for how long the oldest of its first 100 jobs), `proxies` that keep \
+                it, and `ends_in_ms`, when it ends unless one of them keeps it longer.",
+        notes: "A session is one of `GOFLOW.DEQUEUE ... BIND`. A shard knows those that hold something; those that hold \
+                nothing are shown by the proxy that they are connected to, whatever the queue. `COUNT` (default 100, at \
+                most 1000) from `OFFSET`. Of a queue and shard at most 10,000 are looked at.",
+        errors: &[Code::ShardDown, Code::Overloaded],
+        examples: "\
+> GOFLOW.ENQUEUE workers-example hello
+\"<id>\"
+> GOFLOW.DEQUEUE workers-example WORKER w1 BIND
+ 1# \"id\" => \"<id>\"
+...
+> GOFLOW.WORKERS workers-example
+1) 1# \"worker\" => \"w1\"
+...",
+        plan: workers,
         ..OPS
     },
     Spec {
@@ -357,6 +389,12 @@ fn info(args: &Args, _: &Context) -> Result<Plan> {
 
 fn config_get(args: &Args, _: &Context) -> Result<Plan> {
     Ok(Plan::Ask(Ask::Config { patterns: args.words("pattern").to_vec() }))
+}
+
+fn workers(args: &Args, _: &Context) -> Result<Plan> {
+    let queue = if args.has("queue") { Some(args.queue()?) } else { None };
+    let (offset, count) = (args.number("OFFSET")?.unwrap_or(0), args.number("COUNT")?.unwrap_or(100));
+    Ok(Plan::Ask(Ask::Workers { queue, offset, count }))
 }
 
 fn stats(args: &Args, _: &Context) -> Result<Plan> {

@@ -149,6 +149,8 @@ pub static ROWS: &[Spec] = &[
             Arg::option("LEASE", "ms", MS_FROM_1),
             Arg::option("WORKER", "name", Kind::Text),
             SHARDS,
+            Arg::flag("BIND", "bind"),
+            Arg::option("MAXRUN", "ms", MS_FROM_1),
         ],
         flags: &[Flag::Write, Flag::Blocking],
         reply: "Without `COUNT` one job, a map, or null. With `COUNT` an array of 1 to n jobs, or null. A job's fields \
@@ -157,7 +159,16 @@ pub static ROWS: &[Spec] = &[
         notes: "Queues are tried in the order given; a queue that is named like an option must stand first. Without \
                 `BLOCK` the command never waits; `BLOCK 0` waits as long as the server allows. `LEASE` (default 30000) is \
                 how long the job is the worker's; then it comes back by itself. `SHARDS` takes from these shards only. \
-                A `BLOCK` above the read timeout of the client library ends in a reply that nobody reads.",
+                A `BLOCK` above the read timeout of the client library ends in a reply that nobody reads. With `BIND` the \
+                lease belongs to the worker session: that of `WORKER name`, on any number of connections and proxies, or \
+                without a name this connection. The job is on its first lease, `LEASE`, until a later command of this \
+                connection shows that the delivery was read, anything from `PING` to the next `GOFLOW.DEQUEUE`; from then on \
+                it is the worker's as long as the session has a connection, and at most `MAXRUN` (default 3600000) from its \
+                start. A grace (2 s, 0 without a name) after the last connection closed, the job goes back, its attempt \
+                uncounted. A command that came while a `GOFLOW.DEQUEUE` was waiting says that its client may have given up: \
+                then only a command that names the receipt, such as `GOFLOW.PROGRESS`, shows that the delivery was read. A \
+                worker that goes on through another proxy takes its session over with its first `GOFLOW.DEQUEUE ... BIND` \
+                there, for the queues that this names.",
         errors: SHARD_ERRORS,
         examples: "\
 > GOFLOW.ENQUEUE main hello TYPE greeting META lang en
@@ -598,6 +609,7 @@ fn dequeue(args: &Args, context: &Context) -> Result<Plan> {
         lease_ms: limits.lease_ms,
         worker: Bytes::new(),
         shards: Vec::new(),
+        bind: None,
     };
     if args.has_options() {
         plan.count = args.number_up_to("COUNT", limits.batch_jobs_max as u64)?.map(|count| count as usize);
@@ -612,6 +624,14 @@ fn dequeue(args: &Args, context: &Context) -> Result<Plan> {
             if !plan.shards.contains(&shard) {
                 plan.shards.push(shard);
             }
+        }
+        let run_ms = args.number_up_to("MAXRUN", limits.lease_ms_max)?;
+        if args.has("BIND") {
+            let run_ms = run_ms.unwrap_or(limits.run_ms);
+            plan.lease_ms = plan.lease_ms.min(run_ms);
+            plan.bind = Some(run_ms);
+        } else if run_ms.is_some() {
+            return Err(Error::bad("MAXRUN is of bound jobs only: expected BIND with it"));
         }
     }
     Ok(Plan::Dequeue(plan))
@@ -1075,12 +1095,26 @@ mod tests {
         assert_eq!(dequeue.queues, [Name::parse(b"a").unwrap(), Name::parse(b"b").unwrap()]);
         assert_eq!((dequeue.count, dequeue.block_ms, dequeue.lease_ms), (Some(5), Some(0), 1000));
         assert_eq!((dequeue.worker, dequeue.shards), (Bytes::from("w"), vec!["s1".into(), "s2".into()]));
+        let Plan::Dequeue(bound) = planned("GOFLOW.DEQUEUE q BIND") else { panic!() };
+        assert_eq!((bound.bind, bound.lease_ms), (Some(3_600_000), 30_000));
+        let Plan::Dequeue(bound) = planned("GOFLOW.DEQUEUE q MAXRUN 500 BIND") else { panic!() };
+        assert_eq!((bound.bind, bound.lease_ms), (Some(500), 500));
         let Plan::Dequeue(plain) = planned("GOFLOW.DEQUEUE count") else { panic!() };
+        assert_eq!(plain.bind, None);
         assert_eq!(plain.queues, [Name::parse(b"count").unwrap()]);
         assert_eq!((plain.count, plain.block_ms, plain.lease_ms), (None, None, 30_000));
-        for options in
-            ["COUNT 0", "COUNT 10001", "LEASE 0", "LEASE 86400001", "BLOCK -1", "BLOCK", "SHARDS 2 a", "SHARDS 0"]
-        {
+        for options in [
+            "COUNT 0",
+            "COUNT 10001",
+            "LEASE 0",
+            "LEASE 86400001",
+            "BLOCK -1",
+            "BLOCK",
+            "SHARDS 2 a",
+            "SHARDS 0",
+            "MAXRUN 500",
+            "BIND MAXRUN 0",
+        ] {
             refused(&format!("GOFLOW.DEQUEUE q {options}"));
         }
         let queues = |count: usize| (0..count).map(|at| format!(" q{at}")).collect::<String>();

@@ -48,6 +48,8 @@ pub struct Limits {
     pub payload_bytes_max: usize,
     pub lease_ms: Millis,
     pub lease_ms_max: Millis,
+    /// How long a bound job may run.
+    pub run_ms: Millis,
     /// Most jobs in one ENQUEUEMANY, DEQUEUE COUNT or ACK.
     pub batch_jobs_max: usize,
     pub block_ms_max: Millis,
@@ -61,6 +63,7 @@ impl Default for Limits {
             payload_bytes_max: 16 << 20,
             lease_ms: 30_000,
             lease_ms_max: 24 * 3_600_000,
+            run_ms: 3_600_000,
             batch_jobs_max: 10_000,
             block_ms_max: 3_600_000,
             policy: Arc::default(),
@@ -164,6 +167,8 @@ pub struct Dequeue {
     pub worker: Bytes,
     /// Only these shards; empty: all.
     pub shards: Vec<Box<str>>,
+    /// The leases are the worker session's, and may last so long.
+    pub bind: Option<Millis>,
 }
 
 /// `LOCK ACQUIRE` and `SEM ACQUIRE`.
@@ -236,6 +241,12 @@ pub enum Ask {
     /// Sends a test through the sinks of a rule.
     AlertTest {
         name: Box<str>,
+    },
+    /// The worker sessions of one queue, or of all.
+    Workers {
+        queue: Option<Name>,
+        offset: u64,
+        count: u64,
     },
     /// The statistics of every queue on every shard, added up by [`admin::totals`].
     Totals,

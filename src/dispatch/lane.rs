@@ -25,6 +25,7 @@ use futures_util::FutureExt;
 use rand::Rng;
 use tokio::sync::{Notify, oneshot};
 
+use super::bound::Book;
 use super::meter::Meter;
 use super::outboxes::Outboxes;
 use super::turnstile::Lines;
@@ -81,6 +82,12 @@ impl Hold {
     /// The client has the jobs; from here their leases decide.
     pub fn settle(mut self) {
         self.lane = None;
+    }
+
+    /// The client has the jobs, and somebody else sees to their leases.
+    pub fn into_parts(mut self) -> Option<(Arc<Lane>, Name, Vec<Lease>)> {
+        let lane = self.lane.take()?;
+        Some((lane, self.queue.clone(), std::mem::take(&mut self.leases)))
     }
 
     /// The jobs are done.
@@ -199,6 +206,8 @@ pub struct Lane {
     pub lines: Lines,
     /// The shard's queues with deaths to tell of.
     pub outboxes: Outboxes,
+    /// Worker sessions that may have leases on the shard.
+    pub book: Book,
     pub vitals: Vitals,
 }
 
@@ -227,6 +236,7 @@ impl Lane {
             loads: DashMap::with_hasher(RandomState::default()),
             lines: Lines::default(),
             outboxes: Outboxes::default(),
+            book: Book::default(),
             vitals,
         })
     }
@@ -433,6 +443,7 @@ fn op_jobs(op: &Op) -> usize {
         Action::Enqueue { payloads, .. } => payloads.len(),
         Action::Lease { tokens, .. } => tokens.len(),
         Action::Ack { leases, .. } => leases.len(),
+        Action::Keep { parties, .. } => parties.iter().map(|party| 1 + party.leases.len()).sum(),
         Action::DeadRetry { jobs } | Action::DeadDelete { jobs } => jobs.len(),
         _ => 1,
     }

@@ -3,6 +3,7 @@
 //! [`Dispatcher`] is what a session's `execute` asks for: the lane of a shard by name, the home of a key, a place for a
 //! new job, all lanes. It holds no truth (law 6): everything here can be rebuilt from the configuration and the shards.
 
+pub mod bound;
 pub mod lane;
 pub mod meter;
 pub mod outboxes;

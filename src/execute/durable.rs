@@ -384,6 +384,7 @@ fn lease(
         lease_ms: rule.lease_ms + margin,
         worker: Bytes::new(),
         shards: Vec::new(),
+        bind: None,
     };
     execute(Plan::Dequeue(dequeue), dispatcher, asker)
 }

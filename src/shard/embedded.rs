@@ -10,6 +10,7 @@
 //!    records   queue number, seq  → what the enqueue said           written once
 //!    keys      what `keys/rows.rs` says                                of the ordinary keys
 //!    rows      "s" → stamp   "q" queue number → queue   "j" queue number, seq → job   "u" queue number, key → holder
+//!              "w" queue number, name → worker session   "b" queue number, seq → the session of a lease
 //!              "l" name → lock   "m" name → semaphore   "d" queue number, key → deaths   "n" role, 0, name → note
 //! ```
 //!
@@ -426,6 +427,8 @@ impl DiskRows {
             | Key::Queue(_)
             | Key::Job(..)
             | Key::Unique(..)
+            | Key::Session(..)
+            | Key::Bound(..)
             | Key::Object(..)
             | Key::Deaths(..)
             | Key::Note(..) => &self.rows,
@@ -488,6 +491,8 @@ fn encode_key(key: &Key) -> Slice {
         Key::Unique(number, key) => numbered(b"u", *number, key),
         Key::Deaths(number, key) => numbered(b"d", *number, key),
         Key::Note(role, name) => Slice::from([b"n", role.as_bytes(), b"\0", name.as_bytes()].concat()),
+        Key::Session(number, name) => numbered(b"w", *number, name),
+        Key::Bound(number, seq) => numbered(b"b", *number, &seq.to_be_bytes()),
         Key::Object(Keyed::Lock, name) => Slice::from([b"l", name.as_str().as_bytes()].concat()),
         Key::Object(Keyed::Semaphore, name) => Slice::from([b"m", name.as_str().as_bytes()].concat()),
     }
@@ -514,6 +519,8 @@ fn decode_key(table: Table, raw: &[u8]) -> Option<Key> {
         Table::Jobs => Some(Key::Job(number, seq()?)),
         Table::Uniques => Some(Key::Unique(number, Bytes::copy_from_slice(rest))),
         Table::Deaths => Some(Key::Deaths(number, Bytes::copy_from_slice(rest))),
+        Table::Sessions => Some(Key::Session(number, Bytes::copy_from_slice(rest))),
+        Table::Bound => Some(Key::Bound(number, seq()?)),
         Table::Objects | Table::Notes => None,
     }
 }
@@ -547,6 +554,8 @@ impl Rows for DiskRows {
             Table::Uniques => self.rows.prefix(b"u"),
             Table::Deaths => self.rows.prefix(b"d"),
             Table::Notes => self.rows.prefix(b"n"),
+            Table::Sessions => self.rows.prefix(b"w"),
+            Table::Bound => self.rows.prefix(b"b"),
             // Both marks and nothing else lie between these.
             Table::Objects => self.rows.range(b"l".as_slice()..b"n".as_slice()),
         };

@@ -137,6 +137,8 @@ impl Rows for MapRows {
                     | (Table::Records, Key::Record(..))
                     | (Table::Jobs, Key::Job(..))
                     | (Table::Uniques, Key::Unique(..))
+                    | (Table::Sessions, Key::Session(..))
+                    | (Table::Bound, Key::Bound(..))
                     | (Table::Objects, Key::Object(..))
                     | (Table::Deaths, Key::Deaths(..))
                     | (Table::Notes, Key::Note(..))

@@ -41,8 +41,16 @@
 //!   behind the line, by (shorter, then smaller group, higher priority, lower place).
 //! - A job's ttl counts from its enqueue; a job that would become ready or scheduled after it is expired instead (a redrive
 //!   counts all the same, and takes no key). A leased job does not expire.
+//! - A *session* holds leases for a worker as long as one of its keepers, the proxies, says so: each KEEP moves the end of
+//!   that keeper's part to now + `keep_ms` (0 ends it at once), and the session's end is the last of these. A lease that a
+//!   KEEP hangs on it has its own end moved to its start + `run_ms`, or keeps the one it has if that is later; it lapses
+//!   then as any other, and EXTEND moves that end. The lease leaves the session with its job's state.
+//! - A session's end (end <= now) gives its jobs back: as a RELEASE without delay would, but what may come after is what may
+//!   come after a lapse. A session that a KEEP leaves without leases is forgotten; the first lease gives it a number from
+//!   the counter of seqs and places.
 //! - Before the ops of a queue are applied, what has fallen due in it is moved, at most [`TICK_JOBS_MAX`] jobs, in the
-//!   order: lapsed leases, due scheduled, expired ttls; each in the order of (time, seq).
+//!   order: ended sessions, lapsed leases, due scheduled, expired ttls; each in the order of (time, seq), sessions in that
+//!   of (end, name). An ended session counts as a job, once it has given back its own.
 //! - Jobs that are over are kept for [`Retention`], in the order in which they ended; before and after the ops of a queue
 //!   at most [`BULK_JOBS_MAX`] go from the front: what is too many, or ended `age_ms` ago. Their chosen id answers `Held`
 //!   until then.
@@ -75,8 +83,10 @@ pub mod state;
 pub const TICK_JOBS_MAX: usize = 1_000;
 /// Most jobs that one PURGE, RETRYALL or other bulk op moves; `Outcome::Moved` says whether there is more.
 pub const BULK_JOBS_MAX: usize = 1_000;
-/// Most jobs in one page of PEEK or DLQ LIST.
+/// Most jobs in one page of PEEK or DLQ LIST, and most sessions in one page.
 pub const PAGE_JOBS_MAX: usize = 1_000;
+/// Leases of a session that are looked at to see which is the oldest.
+pub const SESSION_LEASES_SEEN: usize = 100;
 
 pub use outbox::{DeathGroup, DeathMark, OTHER_DEATHS, OUTBOX_CHANNELS_MAX, OUTBOX_GROUPS_MAX, fingerprint};
 
@@ -141,6 +151,31 @@ pub struct Holder {
     pub left_ms: Millis,
 }
 
+/// What a worker session is to hold: see [`Action::Keep`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Party {
+    pub session: Bytes,
+    /// How long after its start a lease that is named here may last.
+    pub run_ms: Millis,
+    /// Those of them that hold their jobs are the session's from now on.
+    pub leases: Vec<Lease>,
+}
+
+/// A worker session as one queue of one shard knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionView {
+    pub session: Bytes,
+    /// Since when it has held something without a break.
+    pub since: UnixMs,
+    /// Its end, unless it is kept longer.
+    pub until: UnixMs,
+    /// Proxies that keep it.
+    pub keepers: u64,
+    pub leased: u64,
+    /// The earliest start among its leases, of which the first [`SESSION_LEASES_SEEN`] in the order of their seqs are looked at.
+    pub oldest_at: Option<UnixMs>,
+}
+
 /// One operation on one queue of one shard, or on a keyed object, whose name then stands for the queue's.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Op {
@@ -190,6 +225,11 @@ pub enum Action {
     DeadRetryAll { until: Option<UnixMs> },
     /// Removes dead jobs for good. [`Outcome::Count`]
     DeadDelete { jobs: Vec<JobRef> },
+    /// Keeps the sessions for `keep_ms` more, as far as `keeper` is concerned, and hangs leases on them.
+    /// [`Outcome::Kept`]
+    Keep { keeper: u64, keep_ms: Millis, parties: Vec<Party> },
+    /// A page of the queue's sessions by (end, name). [`Outcome::Sessions`]
+    Sessions { offset: u64, count: u64 },
     /// Moves what has fallen due and trims what is kept; nothing else. [`Outcome::Done`]
     Tick,
     /// The groups of deaths in the outbox, by their keys. [`Outcome::Outbox`]
@@ -257,6 +297,10 @@ pub enum Outcome {
         groups: Vec<DeathGroup>,
         now: UnixMs,
     },
+    /// How many leases each session has now.
+    Kept(Vec<u64>),
+    /// With the shard's clock.
+    Sessions(UnixMs, Vec<SessionView>),
     /// `count` were moved; `next` is set while there may be more: the `until` to go on with (a PURGE ignores it).
     Moved {
         count: u64,
@@ -287,7 +331,8 @@ pub struct Effect {
     pub ready: u64,
     /// Ready, leased and scheduled jobs after the batch: the load that placement looks at.
     pub load: u64,
-    /// Until something in this queue falls due (a lease end, a due time, a ttl), from now; `None`: nothing will.
+    /// Until something in this queue falls due (an end of a lease or session, a due time, a ttl), from now; `None`:
+    /// nothing will.
     pub due_in: Option<Millis>,
     /// Deaths that the groups in the outbox count after the batch.
     pub deaths: u64,

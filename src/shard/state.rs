@@ -10,6 +10,7 @@
 //!  └ Turn   one queue's part of a batch: take, transition, put     turn.rs, its actions in ops.rs
 //!     ├ the outbox of the dead                                        outbox.rs
 //!     ├ Queue  orders, keys and counters of a queue, in memory      queue.rs, the ready ones in line.rs and group.rs
+//!     ├ Sessions  worker sessions and what hangs on them            session.rs
 //!     ├ Job    header, detail, record                               job.rs
 //!     └ Rows   what is kept                                         rows.rs
 //! ```
@@ -37,6 +38,7 @@ mod ops;
 mod outbox;
 mod queue;
 pub mod rows;
+mod session;
 mod turn;
 
 use job::{Job, Record, broken};
@@ -102,6 +104,14 @@ impl<R: Rows> State<R> {
                 queue.outbox.insert(key.clone());
                 Ok(())
             }),
+            _ => Ok(()),
+        })?;
+        rows.each(Table::Sessions, &mut |key, row| match key {
+            Key::Session(number, name) => queue_of(number, &mut |queue| queue.sessions.load(name.clone(), row.clone())),
+            _ => Ok(()),
+        })?;
+        rows.each(Table::Bound, &mut |key, row| match key {
+            Key::Bound(number, seq) => queue_of(number, &mut |queue| queue.sessions.load_lease(seq, row.clone())),
             _ => Ok(()),
         })?;
         let mut objects = Objects::default();
@@ -274,7 +284,7 @@ mod tests {
     use super::*;
     use crate::job::{JobRef, JobState, Lease, Policy};
     use crate::shard::memory::MapRows;
-    use crate::shard::{Action, Outcome, Retention, Start};
+    use crate::shard::{Action, Outcome, Party, Retention, Start};
     use proptest::prelude::*;
     use std::sync::Arc;
 
@@ -312,6 +322,10 @@ mod tests {
             15 => Action::DeadRetry { jobs: vec![JobRef::Chosen(key("id", b % 4))] },
             16 => Action::Purge { state: JobState::ALL[(a % 7) as usize] },
             17 => Action::Pause { paused: a % 3 == 0 },
+            18 => {
+                let party = Party { session: key("s", a % 2), run_ms: b % 200, leases: vec![lease] };
+                Action::Keep { keeper: b % 2, keep_ms: a % 3 * 40, parties: vec![party] }
+            }
             _ => Action::Tick,
         }
     }
@@ -338,6 +352,7 @@ mod tests {
             (other.counter, other.ended, &other.unique, &other.ids)
         );
         assert_eq!((&one.expiring, one.due_at()), (&other.expiring, other.due_at()));
+        assert_eq!(one.sessions, other.sessions);
         assert_eq!(one.jobs.len(), other.jobs.len());
         for (seq, job) in &one.jobs {
             assert_eq!(job.encode_header(), other.jobs[seq].encode_header(), "job {seq}");

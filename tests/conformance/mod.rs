@@ -16,6 +16,7 @@ mod locks;
 mod outbox;
 mod pages;
 mod servers;
+mod sessions;
 mod time;
 pub mod trial;
 mod verdicts;

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Spec, TEXT_BYTES_MAX};
 use crate::shard::{
     Action, BULK_JOBS_MAX, DeathGroup, DeathMark, Deed, Effect, Keyed, Op, Outcome, PAGE_JOBS_MAX, Placed, Rules,
-    Start, Stats, TICK_JOBS_MAX,
+    SessionView, Start, Stats, TICK_JOBS_MAX,
 };
 
 /// Numbers of 6 bytes are below this.
@@ -87,6 +87,8 @@ pub fn is_repeatable(action: &Action) -> bool {
             | Action::Stats
             | Action::Pause { .. }
             | Action::DeadGet { .. }
+            | Action::Keep { .. }
+            | Action::Sessions { .. }
             | Action::Tick
             | Action::Outbox
             | Action::OutboxTold { .. }
@@ -544,6 +546,21 @@ fn put_one(command: &mut Cmd, scratch: &mut BytesMut, action: &Action) {
             command.arg("F");
             put_marks(command, scratch, marks);
         }
+        Action::Keep { keeper, keep_ms, parties } => {
+            scratch.clear();
+            put_short(scratch, *keeper);
+            put_short(scratch, *keep_ms);
+            command.arg("K").arg(&scratch[..]).arg(parties.len());
+            for party in parties {
+                scratch.clear();
+                put_short(scratch, party.run_ms);
+                party.leases.iter().for_each(|lease| put_lease(scratch, *lease));
+                command.arg(&party.session[..]).arg(&scratch[..]);
+            }
+        }
+        Action::Sessions { offset, count } => {
+            command.arg("w").arg(*offset.min(&PAGE_MAX)).arg(*count.min(&(PAGE_JOBS_MAX as u64)));
+        }
         Action::Tick | Action::Enqueue { .. } | Action::Lease { .. } | Action::Ack { .. } | Action::Keyed { .. } => {
             command.arg("t");
         }
@@ -649,6 +666,20 @@ fn read_view(value: Value) -> Option<JobView> {
     Some(view)
 }
 
+fn read_session(value: Value) -> Option<SessionView> {
+    let mut parts = list(value)?.into_iter();
+    let session = text(parts.next()?)?;
+    let mut next = || int(&parts.next()?);
+    Some(SessionView {
+        session,
+        since: next()? as u64,
+        until: next()? as u64,
+        keepers: next()? as u64,
+        leased: next()? as u64,
+        oldest_at: next().and_then(|at| u64::try_from(at).ok()),
+    })
+}
+
 fn read_stats(value: Value, now: UnixMs) -> Option<Stats> {
     let numbers: Option<Vec<i64>> = list(value)?.iter().map(int).collect();
     let mut numbers = numbers?.into_iter();
@@ -693,6 +724,13 @@ fn read_one(action: &Action, value: Value, now: UnixMs) -> Option<Outcome> {
             Outcome::Outbox { groups, now }
         }
         (Action::Stats, value) => Outcome::Stats(Box::new(read_stats(value, now)?)),
+        (Action::Keep { .. }, value) => {
+            let counts: Option<Vec<i64>> = list(value)?.iter().map(int).collect();
+            Outcome::Kept(counts?.into_iter().map(|count| count as u64).collect())
+        }
+        (Action::Sessions { .. }, value) => {
+            Outcome::Sessions(now, list(value)?.into_iter().map(read_session).collect::<Option<_>>()?)
+        }
         (Action::Purge { .. } | Action::DeadRetryAll { .. }, value) => {
             let moved = list(value)?;
             Outcome::Moved { count: int(moved.first()?)? as u64, next: u64::try_from(int(moved.get(1)?)?).ok() }

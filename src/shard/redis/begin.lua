@@ -1,8 +1,8 @@
 -- The rules of one queue of one shard, in Lua: `src/shard/mod.rs`, "The state machine", is the specification.
 --
 -- One call applies the ops of one queue in order. The script is these files, one after the other: begin (what all
--- need), flow (the hot ones: enqueue, lease, ack), rules (all else, built only when it is needed) and finish (the
--- ops one by one, then what every call leaves behind). It is Lua 5.1 and 5.4 alike, and whatever can be refused is
+-- need), flow (the hot ones: enqueue, lease, ack), rules (all else, built only when it is needed), sessions (worker sessions,
+-- likewise) and finish (the ops one by one, then what every call leaves behind). It is Lua 5.1 and 5.4 alike, and whatever can be refused is
 -- refused before the first write.
 --
 -- KEYS, all of one slot:
@@ -13,9 +13,12 @@
 --   ranked     zset     ready seqs of other priorities, and those given back at their old place: -priority * 2^42 + place
 --   scheduled, leased, expiring, dead      zsets of seqs by due time, lease end, end of ttl, time of death
 --   held       hash     "i" id -> seq; "u" unique key -> seq and the time until which it is held (0: no end);
---                       "g" group -> how many of its jobs have a turn
+--                       "g" group -> how many of its jobs have a turn; "s" session -> its number, since when (6
+--                       each), then for each who keeps it keeper and end (6 each)
 --   blocked    zset     ready jobs that wait for a turn of their group, all of score 0: group (2 and bytes),
 --                       1000 - priority (2), place (6), seq (6), the job's bound (4)
+--   sessions   zset     worker sessions by their ends
+--   bound      zset     seqs of leases that hang on a session, by its number
 --   completed, cancelled, expired          lists of the seqs that are kept, oldest first
 --   outbox     hash     key of a group of deaths -> its row, as `src/shard/outbox.rs` lays it out
 -- ARGV: the header, then the ops. The answer: {outcomes, ready, load, due (-1: nothing), now, deaths}.
@@ -34,9 +37,9 @@ local pack, parse = struct.pack, struct.unpack
 local spread = table.unpack or unpack
 local META, JOBS, STATE, READY, RANKED, SCHEDULED, LEASED = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local EXPIRING, DEAD, HELD, COMPLETED, CANCELLED, EXPIRED = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12], KEYS[13]
-local OUTBOX, BLOCKED = KEYS[14], KEYS[15]
-local META_FORMAT = '<ddddddddddddddddddddddddddd'
-local META_BYTES = 216
+local OUTBOX, BLOCKED, SESSIONS, BOUND = KEYS[14], KEYS[15], KEYS[16], KEYS[17]
+local META_FORMAT = '<ddddddddddddddddddddddddddddd'
+local META_BYTES = 232
 local TIME_MAX = 281474976710655 -- what 6 bytes hold
 local NOBODY = '\0\0\0\0\0\0'
 
@@ -88,7 +91,7 @@ local M
 do
   local seq, paused, ready, scheduled, leased, dead, completed_kept, cancelled_kept, expired_kept, enqueued, delivered,
     completed, failed, lapsed, released, died, redriven, cancelled, expired, ranked, odd, ttl, held, ended, keep_until, due,
-    deaths =
+    deaths, sessions, bound =
     -- Shorter where an older version wrote it; what it did not know is 0.
     parse(META_FORMAT, #meta_was < META_BYTES and meta_was .. string.rep('\0', META_BYTES - #meta_was) or meta_was)
   M = {
@@ -104,6 +107,8 @@ do
     keep_until = keep_until, -- no kept job is too old before this
     due = due, -- when the next thing falls due; 0 for never
     deaths = deaths, -- that the groups in the outbox count
+    sessions = sessions, -- members of `sessions`
+    bound = bound, -- members of `bound`
   }
 end
 -- Ready jobs that are not in the line; only those in the line are in `M.ready`.
@@ -117,3 +122,4 @@ local at = 2 -- the next argument
 local shed = false -- the list `ready` has got a ghost
 local rules -- what rules.lua makes, once it is needed
 local make_rules
+local make_sessions -- makes what sessions.lua adds to the rules

@@ -35,7 +35,7 @@ while ARGV[at] do
     outcomes[#outcomes + 1] = ack()
   else
     rules = rules or make_rules()
-    outcomes[#outcomes + 1] = rules.ops[op]()
+    outcomes[#outcomes + 1] = (rules.ops[op] or make_sessions(rules)[op])()
   end
 end
 
@@ -60,11 +60,13 @@ end
 see(LEASED, M.leased)
 see(SCHEDULED, M.scheduled)
 see(EXPIRING, M.ttl)
+see(SESSIONS, M.sessions)
 M.due = due
 
 local meta_is = pack(META_FORMAT, M.seq, M.paused, M.ready, M.scheduled, M.leased, M.dead, M.completed_kept, M.cancelled_kept,
   M.expired_kept, M.enqueued, M.delivered, M.completed, M.failed, M.lapsed, M.released, M.died, M.redriven, M.cancelled,
-  M.expired, M.ranked, M.odd, M.ttl, M.held, M.ended, M.keep_until, M.due, M.deaths)
+  M.expired, M.ranked, M.odd, M.ttl, M.held, M.ended, M.keep_until, M.due, M.deaths,
+  M.sessions, M.bound)
 if meta_is ~= meta_was then
   call('SET', META, meta_is)
 end

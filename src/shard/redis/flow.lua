@@ -92,6 +92,9 @@ local function ack()
   local function finish()
     if n > 0 then
       send('ZREM', LEASED, done)
+      if M.bound > 0 then
+        M.bound = M.bound - send('ZREM', BOUND, done)
+      end
       send('HSET', STATE, changes)
       send('RPUSH', COMPLETED, done)
       if M.completed_kept + M.cancelled_kept + M.expired_kept == 0 then

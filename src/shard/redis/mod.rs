@@ -1,6 +1,6 @@
 //! A shard on Redis 6.2 or newer, Valkey or Dragonfly: alone, behind Sentinel, or a partition of a Redis Cluster.
 //!
-//! The rules are in Lua (`begin.lua`, `flow.lua`, `rules.lua`, `finish.lua`, one script together). The ops of one queue in a
+//! The rules are in Lua (`begin.lua`, `flow.lua`, `rules.lua`, `sessions.lua`, `finish.lua`, one script together). The ops of one queue in a
 //! batch are one `EVALSHA`, all queues of a batch one write, so that a batch costs one round trip and each queue's part is
 //! one commit. [`batch`] encodes ops and decodes answers, [`connect`] opens connections and says what their errors mean,
 //! [`server`] asks the server about itself. [`keyed`] and `keyed.lua` are the same for locks and semaphores, one call each. [`dial`] and [`link`] carry ordinary commands and are apart from all that.
@@ -33,7 +33,7 @@ use crate::error::{Code, Error, Happened, Result};
 use crate::job::Name;
 
 /// The keys of a queue, by what follows their tag; in the order of the script's `KEYS`.
-const QUEUE_KEYS: [&str; 15] = [
+const QUEUE_KEYS: [&str; 17] = [
     "meta",
     "jobs",
     "state",
@@ -49,11 +49,18 @@ const QUEUE_KEYS: [&str; 15] = [
     "expired",
     "outbox",
     "blocked",
+    "sessions",
+    "bound",
 ];
 
 /// The script of a queue. Locks and semaphores have their own ([`keyed`]).
-const SCRIPT: &str =
-    concat!(include_str!("begin.lua"), include_str!("flow.lua"), include_str!("rules.lua"), include_str!("finish.lua"));
+const SCRIPT: &str = concat!(
+    include_str!("begin.lua"),
+    include_str!("flow.lua"),
+    include_str!("rules.lua"),
+    include_str!("sessions.lua"),
+    include_str!("finish.lua")
+);
 
 /// The digest by which it is called.
 static DIGEST: LazyLock<String> = LazyLock::new(|| redis::Script::new(SCRIPT).get_hash().to_owned());

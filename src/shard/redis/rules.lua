@@ -187,6 +187,8 @@ function make_rules()
       call('ZREM', INDEX[state], it.job)
       if state == 'r' then
         M.ranked = M.ranked - 1
+      elseif state == 'L' and M.bound > 0 then
+        M.bound = M.bound - call('ZREM', BOUND, it.job)
       end
     end
     if it.ttl > 0 and state ~= 'L' and state ~= 'D' then
@@ -415,6 +417,9 @@ function make_rules()
     if M.ttl > 0 then
       M.ttl = M.ttl - send('ZREM', EXPIRING, seqs)
     end
+    if M.bound > 0 then
+      M.bound = M.bound - send('ZREM', BOUND, seqs)
+    end
     send('HDEL', JOBS, seqs)
     send('HDEL', STATE, seqs)
     for i = 1, #freed do
@@ -598,6 +603,9 @@ function make_rules()
 
   -- Moves what has fallen due, at most `room` jobs.
   function rules.tick(room)
+    if M.sessions > 0 then
+      room = make_sessions(rules).give_back(room)
+    end
     local function move(key, count, change)
       if count > 0 and room > 0 then
         local found = call('ZRANGEBYSCORE', key, '-inf', text(now), 'LIMIT', '0', text(room))
@@ -1142,6 +1150,9 @@ function make_rules()
       end
     end)
   end
+
+  -- For sessions.lua.
+  rules.decode, rules.save, rules.job_of, rules.leave, rules.wait, rules.text = decode, save, job_of, leave, wait, text
 
   rules.ops = {
     o = outbox, T = told, F = settle,

@@ -66,6 +66,8 @@ impl<R: Rows> Turn<'_, R> {
             Action::Outbox => self.outbox(),
             Action::OutboxTold { channel, marks } => self.outbox_told(&channel, &marks),
             Action::OutboxSettle { marks } => self.outbox_settle(&marks),
+            Action::Keep { keeper, keep_ms, parties } => self.keep(keeper, keep_ms, parties),
+            Action::Sessions { offset, count } => self.sessions(offset, count),
             // An object is no part of a queue: it never comes here.
             Action::Tick | Action::Keyed { .. } => Ok(Outcome::Done),
         }

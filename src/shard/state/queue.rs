@@ -9,6 +9,7 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use super::group::Groups;
 use super::job::{Job, broken};
 use super::line::{Dense, Line};
+use super::session::Sessions;
 use crate::clock::UnixMs;
 use crate::error::Result;
 use crate::job::{JobState, Name};
@@ -84,6 +85,7 @@ pub struct Queue {
     /// The keys of the groups in the outbox, and all the deaths that they count.
     pub outbox: HashSet<Bytes, foldhash::fast::RandomState>,
     pub deaths: u64,
+    pub sessions: Sessions,
     /// The counters have changed since they were last written.
     pub is_dirty: bool,
     /// The batch that is being applied has touched the queue.
@@ -114,6 +116,7 @@ impl Queue {
             unique: Map::default(),
             outbox: HashSet::default(),
             deaths: 0,
+            sessions: Sessions::default(),
             is_dirty: false,
             is_open: false,
             is_stored: false,
@@ -257,7 +260,7 @@ impl Queue {
     /// When the next thing falls due.
     pub fn due_at(&self) -> Option<UnixMs> {
         let heads = [self.leased.first(), self.scheduled.first(), self.expiring.first()];
-        heads.into_iter().flatten().map(|(at, _)| *at).min()
+        heads.into_iter().flatten().map(|(at, _)| *at).chain(self.sessions.first_end()).min()
     }
 
     pub fn stats(&self) -> Stats {

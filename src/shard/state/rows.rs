@@ -23,6 +23,10 @@ pub enum Key {
     Job(u32, u64),
     /// Who holds a unique key, and until when.
     Unique(u32, Bytes),
+    /// Until when a worker session is kept, and by whom.
+    Session(u32, Bytes),
+    /// The number of the session that a job's lease hangs on.
+    Bound(u32, u64),
     /// Who holds a lock or semaphore, and a lock's fence.
     Object(Keyed, Name),
     /// A group of deaths in the outbox of a queue, by its key.
@@ -38,6 +42,8 @@ pub enum Table {
     Records,
     Jobs,
     Uniques,
+    Sessions,
+    Bound,
     Objects,
     Deaths,
     Notes,

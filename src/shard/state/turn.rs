@@ -25,6 +25,8 @@ pub enum Cause {
     Redrive,
     Cancel,
     Ttl,
+    /// The session that held the lease has ended.
+    Ended,
 }
 
 /// Where a job goes.
@@ -50,6 +52,7 @@ impl<R: Rows> Turn<'_, R> {
     /// Moves what has fallen due, and forgets what need not be kept any more.
     pub fn begin(&mut self) -> Result<()> {
         let mut room = TICK_JOBS_MAX;
+        self.end_sessions(&mut room)?;
         while let Some(seq) = due(self.queue.leased.first(), self.now, &mut room) {
             self.lapse(seq)?;
         }
@@ -147,7 +150,7 @@ impl<R: Rows> Turn<'_, R> {
             Cause::Fail => job.last = Last::Failed(job.state),
             Cause::Release => job.last = Last::Released(job.state),
             Cause::Ack => job.last = Last::Acked,
-            Cause::Lapse => job.last = Last::Lapsed,
+            Cause::Lapse | Cause::Ended => job.last = Last::Lapsed,
             // Falling due is nothing that a verdict would have to know of, unless it ends the job.
             Cause::Due if !job.state.is_over() => {}
             Cause::Due | Cause::Lease | Cause::Redrive | Cause::Cancel | Cause::Ttl => job.last = Last::Nothing,
@@ -195,7 +198,7 @@ impl<R: Rows> Turn<'_, R> {
             Cause::Lease => totals.delivered += 1,
             Cause::Ack => totals.completed += 1,
             Cause::Fail => totals.failed += 1,
-            Cause::Release => totals.released += 1,
+            Cause::Release | Cause::Ended => totals.released += 1,
             Cause::Lapse => totals.lapsed += 1,
             Cause::Redrive => totals.redriven += 1,
             Cause::Cancel => totals.cancelled += 1,
@@ -272,6 +275,9 @@ impl<R: Rows> Turn<'_, R> {
     fn leave(&mut self, seq: u64, job: &Job) {
         self.queue.leave(seq, job);
         self.queue.pristine.remove(seq);
+        if job.state == JobState::Leased {
+            self.loosen(seq);
+        }
     }
 
     /// Takes a job with its detail, to be put back; it stays in the order of its state until then.
