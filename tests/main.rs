@@ -9,6 +9,8 @@ mod bounds;
 mod clients;
 /// Every shard keeps every sentence of the contract, on every kind of server.
 mod conformance;
+/// Stock clients contend for locks and semaphores while proxies and shards are killed and paused.
+mod contest;
 /// What is under deploy/ fits this program and the programs that read it.
 mod deploy;
 /// Durable lists: killed workers and killed moves, the policies, and what is refused.
