@@ -177,6 +177,7 @@ pub enum Shape {
 impl Shape {
     fn reply(&self, outcome: Outcome) -> Result<Reply> {
         match (self, outcome) {
+            (_, Outcome::Full(_)) => Err(queue_full()),
             (_, Outcome::LeaseLost) => Err(lease_lost()),
             (_, Outcome::NoSuchJob) => Err(no_such_job()),
             (Shape::Placed { shard, id, nx }, Outcome::Enqueued(placed)) => {
@@ -191,6 +192,10 @@ impl Shape {
 
 fn lease_lost() -> Error {
     Error::new(Code::LeaseLost, "the receipt no longer holds the job")
+}
+
+fn queue_full() -> Error {
+    Error::new(Code::QueueFull, "as many jobs wait in the queue as its MAXLEN allows; nothing was stored")
 }
 
 fn no_such_job() -> Error {
@@ -384,7 +389,11 @@ fn start_enqueue_many(parts: Vec<(Arc<Lane>, Op, usize)>, asker: Asker) -> Answe
                     replies.extend(ids.map(|id| id.unwrap_or_else(Reply::Error)));
                 }
                 outcome => {
-                    let error = outcome.map_or_else(|error| error, |other| unexpected(&other));
+                    let error = match outcome {
+                        Ok(Outcome::Full(_)) => queue_full(),
+                        Ok(other) => unexpected(&other),
+                        Err(error) => error,
+                    };
                     replies.extend((0..count).map(|_| Reply::Error(error.clone())));
                     failure = Some(graver(failure, error));
                 }

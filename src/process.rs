@@ -10,9 +10,9 @@ use crate::alert::SharedAlerts;
 use crate::clients::Clients;
 use crate::clock;
 use crate::command::admin::Totals;
-use crate::command::{Ask, Limits};
-use crate::dispatch::Dispatcher;
+use crate::command::{Ask, Limits, limit};
 use crate::dispatch::bound::Workers;
+use crate::dispatch::{Dispatcher, limits};
 use crate::error::{Code, Error, Result};
 use crate::execute::Answer;
 use crate::execute::durable::Rule;
@@ -22,7 +22,7 @@ use crate::metrics::Metrics;
 use crate::resp::glob;
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::Bounds;
-use crate::shard::{Action, Op, Outcome};
+use crate::shard::{Action, Op, Outcome, QueueLimits};
 
 pub mod slowlog;
 mod workers;
@@ -191,6 +191,16 @@ impl Process {
             Ask::Workers { queue, offset, count } => {
                 let process = self.clone();
                 Answer::Later(Box::pin(async move { process.show_workers(queue, offset, count).await.into() }))
+            }
+            Ask::Limit { queue, change } => {
+                let map = self.dispatcher.map();
+                Answer::Later(Box::pin(async move {
+                    match change == QueueLimits::default() {
+                        true => limits::show(&map, &queue).await.map(|(limits, shares)| limit::shown(&limits, shares)),
+                        false => limits::set(&map, &queue, &change).await.map(|()| Reply::OK),
+                    }
+                    .into()
+                }))
             }
             Ask::Shards => Answer::reply(self.shards()),
             Ask::Drain { shard, draining } => Answer::Done(self.drain(&shard, draining).into()),

@@ -25,7 +25,7 @@ use crate::command::{self, Limits, ordinary};
 use crate::dispatch::bound::{Terms, Workers};
 use crate::dispatch::lane::Lane;
 use crate::dispatch::router::Strategy;
-use crate::dispatch::{Dispatcher, MapStamp, ShardEntry, sampler};
+use crate::dispatch::{Dispatcher, MapStamp, ShardEntry, limits, sampler};
 use crate::error::{Code, Error};
 use crate::execute::durable::Rule;
 use crate::forward::Forwarding;
@@ -132,6 +132,7 @@ pub fn serve(setup: Setup) -> io::Result<()> {
                 for lane in own_lanes().cloned() {
                     tokio::spawn(tell_what_is_unsafe(lane.clone()));
                     tokio::spawn(sampler::run(lane.clone(), process.metrics.clone(), holder.clone()));
+                    tokio::spawn(limits::run(process.dispatcher.clone(), lane.clone()));
                     tokio::spawn(lane.run(process.metrics.clone()));
                 }
                 drop(ready);

@@ -35,6 +35,8 @@ mod http;
 mod keys;
 /// Queue libraries that know nothing of GoFlow, unmodified, over one shard and over four.
 mod libraries;
+/// Rates and concurrency over shards and proxies, whoever is killed; full queues.
+mod limits;
 /// Never too many holders, whoever is killed; waiters in their order.
 mod locks;
 /// Lines of the log, slow commands, and never a payload or a secret.

@@ -13,7 +13,10 @@ use std::sync::Arc;
 
 use goflow::clock::UnixMs;
 use goflow::job::{JobRef, JobState, Lease, Name, Policy};
-use goflow::shard::{Action, DeathGroup, DeathMark, Op, Outcome, Party, Placed, Retention, Rules, Shard, Start};
+use goflow::shard::{
+    Action, DeathGroup, DeathMark, LimitDeed, Op, Outcome, Party, Placed, QueueLimits, Rate, Retention, Rules, Shard,
+    Start,
+};
 
 use crate::conformance::trial::{BEGIN, block_on, name};
 use crate::conformance::{Home, Keeper};
@@ -128,7 +131,8 @@ impl Author {
             94 => Action::DeadRetryAll { until: self.retry_until.filter(|_| self.rng.random_bool(0.5)) },
             95 => Action::DeadDelete { jobs: (0..self.rng.random_range(1..3)).map(|_| self.job()).collect() },
             96 => Action::Pause { paused: false },
-            97..99 => self.keep(),
+            97 => Action::Limit(self.limit()),
+            98 => self.keep(),
             _ => Action::Tick,
         }
     }
@@ -173,6 +177,18 @@ impl Author {
             _ => Start::Now,
         };
         Action::Enqueue { policy: Arc::new(policy), payloads, start }
+    }
+
+    fn limit(&mut self) -> LimitDeed {
+        let mut some = |most: u64| self.rng.random_bool(0.5).then(|| self.rng.random_range(0..most));
+        let (concurrency, jobs, waiting) = (some(5), some(6), some(60));
+        let rate = jobs.map(|jobs| Rate { jobs, per_ms: *[1, 700, 5_000].choose(&mut self.rng).unwrap() });
+        match self.rng.random_range(0..8) {
+            0 => LimitDeed::Look,
+            1 => LimitDeed::Note { was: self.rng.random_range(0..3), ledger: self.text() },
+            2..5 => LimitDeed::Share { version: 5, limits: QueueLimits::default() },
+            n => LimitDeed::Share { version: n, limits: QueueLimits { concurrency, rate, waiting } },
+        }
     }
 
     fn text(&mut self) -> Bytes {

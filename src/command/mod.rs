@@ -15,6 +15,7 @@ pub mod connection;
 pub mod dead;
 pub mod describe;
 pub mod job;
+pub mod limit;
 pub mod lock;
 pub mod ordinary;
 pub mod reference;
@@ -27,7 +28,7 @@ use crate::clock::Millis;
 use crate::error::{Code, Error, Result};
 use crate::job::{JobRef, Lease, Name, Policy};
 use crate::resp::reply::{Protocol, Reply};
-use crate::shard::{Action, Keyed, Op, Outcome, Start};
+use crate::shard::{Action, Keyed, Op, Outcome, QueueLimits, Start};
 use args::{Arg, Args, Kind};
 
 /// One client's request: the command's name and its arguments, sharing the memory they were read into.
@@ -217,6 +218,11 @@ pub enum ReplyMode {
 pub enum Ask {
     /// Names of the queues on all shards, sorted.
     Queues,
+    /// Changes the limits of a queue: what is `None` stays, 0 lifts. Without any change it shows them.
+    Limit {
+        queue: Name,
+        change: QueueLimits,
+    },
     Shards,
     Drain {
         shard: Box<str>,
@@ -382,7 +388,8 @@ impl Spec {
 }
 
 /// All rows, family by family.
-pub static FAMILIES: &[&[Spec]] = &[job::ROWS, dead::ROWS, lock::ROWS, admin::ROWS, alert::ROWS, connection::ROWS];
+pub static FAMILIES: &[&[Spec]] =
+    &[job::ROWS, dead::ROWS, lock::ROWS, limit::ROWS, admin::ROWS, alert::ROWS, connection::ROWS];
 
 /// A [`Spec`] with what is worked out from it once.
 pub struct Row {

@@ -134,6 +134,7 @@ fn every_row_takes_its_own_syntax_and_each_of_its_options() {
                 // These go with another option only.
                 ("GOFLOW.ENQUEUE", "NX") => drop(planned(&format!("{line} ID a"))),
                 ("GOFLOW.ENQUEUE" | "GOFLOW.ENQUEUEMANY", "CONCURRENCY") => drop(planned(&format!("{line} GROUP a"))),
+                ("GOFLOW.LIMIT", "PER") => drop(planned(&format!("{line} RATE 5"))),
                 ("HELLO", token @ ("AUTH" | "SETNAME")) => drop(planned(&line.replace(token, &format!("3 {token}")))),
                 _ => drop(planned(&line)),
             }

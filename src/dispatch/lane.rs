@@ -121,11 +121,37 @@ impl Drop for Hold {
 /// Who hears the outcome of an operation.
 enum Answer {
     Session(oneshot::Sender<Result<Outcome>>),
+    /// A session, whose jobs were refused before: what is said now is the last word.
+    Again(oneshot::Sender<Result<Outcome>>),
     Leasing(oneshot::Sender<Result<Leased>>),
     Ticket(Arc<Ticket>),
     /// Nobody, but it must be done: a shard that is out of reach is told again when it is back.
     Owed(Name, Lease),
     Nobody,
+}
+
+/// New jobs that the shard had no room for, and who hears of it.
+pub struct Refused {
+    pub op: Op,
+    answer: oneshot::Sender<Result<Outcome>>,
+}
+
+impl Refused {
+    pub fn jobs(&self) -> u64 {
+        op_jobs(&self.op) as u64
+    }
+
+    /// There is no room anywhere.
+    pub fn refuse(self) {
+        // The client may be gone.
+        let _ = self.answer.send(Ok(Outcome::Full(Box::new(self.op))));
+    }
+
+    /// Lets the shard decide once more.
+    pub fn submit(self, lane: &Lane) {
+        lane.mail().push(self.op, 0, Answer::Again(self.answer));
+        lane.bell.notify_one();
+    }
 }
 
 /// An operation on its way through the lane.
@@ -204,6 +230,11 @@ pub struct Lane {
     loads: DashMap<Name, u64, RandomState>,
     /// Who waits for the shard's locks and semaphores.
     pub lines: Lines,
+    /// New jobs that were refused, for whoever finds room ([`limits`](super::limits)).
+    refused: Mutex<Vec<Refused>>,
+    refused_bell: Notify,
+    /// Queues whose shares this process moves.
+    limited: Mutex<BTreeSet<Name>>,
     /// The shard's queues with deaths to tell of.
     pub outboxes: Outboxes,
     /// Worker sessions that may have leases on the shard.
@@ -235,6 +266,9 @@ impl Lane {
             room: Notify::new(),
             loads: DashMap::with_hasher(RandomState::default()),
             lines: Lines::default(),
+            refused: Mutex::default(),
+            refused_bell: Notify::new(),
+            limited: Mutex::default(),
             outboxes: Outboxes::default(),
             book: Book::default(),
             vitals,
@@ -347,6 +381,40 @@ impl Lane {
         self.mail().push(op, session, Answer::Leasing(sender));
         self.bell.notify_one();
         receiver
+    }
+
+    /// Resolves when new jobs were refused.
+    pub async fn has_refused(&self) {
+        self.refused_bell.notified().await;
+    }
+
+    pub fn take_refused(&self) -> Vec<Refused> {
+        std::mem::take(&mut *self.refused.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn note_refused(&self, op: Op, answer: oneshot::Sender<Result<Outcome>>) {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).push(Refused { op, answer });
+        self.refused_bell.notify_one();
+    }
+
+    /// The queues whose shares this process moves.
+    pub fn limited(&self) -> Vec<Name> {
+        self.limited.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    /// Whether the shard keeps limits of a queue, as far as anybody says.
+    pub fn note_limits(&self, queue: &Name, keeps_limits: bool) {
+        let mut limited = self.limited.lock().unwrap_or_else(PoisonError::into_inner);
+        match keeps_limits {
+            true if !limited.contains(queue) => drop(limited.insert(queue.clone())),
+            true => {}
+            false => drop(limited.remove(queue)),
+        }
+    }
+
+    /// Another process moves the shares.
+    pub fn forget_limits(&self) {
+        self.limited.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Puts a ticket in the line of a queue.
@@ -682,7 +750,7 @@ impl Line {
         let mut freed = Vec::new();
         for parcel in batch {
             let queue = match parcel.answer {
-                Answer::Session(_) | Answer::Owed(..) | Answer::Nobody => None,
+                Answer::Session(_) | Answer::Again(_) | Answer::Owed(..) | Answer::Nobody => None,
                 Answer::Leasing(_) | Answer::Ticket(_) => Some(parcel.op.queue.clone()),
             };
             freed.extend(releases(&parcel.op).map(|(kind, name)| (answers.len(), kind, name)));
@@ -728,7 +796,11 @@ impl Line {
         let mut returned = Vec::new();
         for ((answer, queue), outcome) in answers.into_iter().zip(outcomes) {
             match answer {
-                Answer::Session(sender) => drop(sender.send(outcome)),
+                Answer::Session(sender) => match outcome {
+                    Ok(Outcome::Full(op)) => self.lane.note_refused(*op, sender),
+                    outcome => drop(sender.send(outcome)),
+                },
+                Answer::Again(sender) => drop(sender.send(outcome)),
                 Answer::Leasing(sender) => {
                     if let Some(queue) = queue {
                         drop(sender.send(outcome.and_then(|outcome| self.leased(queue, outcome))));
@@ -876,7 +948,7 @@ impl Line {
         let error = why.unwrap_or_else(|| Error::shard_down(&self.lane.name, "is not reachable", Happened::No));
         for parcel in parcels {
             match parcel.answer {
-                Answer::Session(sender) => drop(sender.send(Err(error.clone()))),
+                Answer::Session(sender) | Answer::Again(sender) => drop(sender.send(Err(error.clone()))),
                 Answer::Leasing(sender) => drop(sender.send(Err(error.clone()))),
                 Answer::Owed(queue, lease) => self.owe(queue, lease),
                 Answer::Ticket(_) | Answer::Nobody => {}

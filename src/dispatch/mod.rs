@@ -5,6 +5,7 @@
 
 pub mod bound;
 pub mod lane;
+pub mod limits;
 pub mod meter;
 pub mod outboxes;
 pub mod router;

@@ -4,6 +4,8 @@
 //! proxy to ask has it as long as it keeps asking, and a few seconds after it is gone another has it. What was sampled is shown
 //! until the lease ends and not longer, so no two proxies ever show the same shard, and sums over proxies are true.
 //!
+//! The one that samples a shard also moves the shares of the queues whose limits are kept there ([`limits`](super::limits)).
+//!
 //! A pass asks for the queues' counters in small groups, as ops like any other, and the pause after it is at least ten
 //! times what it took: however many queues there are, sampling stays a small part of the shard's work.
 
@@ -96,6 +98,7 @@ impl Sampler {
             .collect();
         for (queue, outcome) in asked {
             if let Outcome::Stats(stats) = outcome.await.unwrap_or(Ok(Outcome::Done))? {
+                self.lane.note_limits(queue, stats.keeps_limits);
                 sample.queues.push((queue.clone(), read_stats(&stats)));
             }
         }
@@ -125,6 +128,7 @@ impl Sampler {
 
     fn step_back(&self) {
         self.metrics.retract(self.lane.name());
+        self.lane.forget_limits();
     }
 }
 

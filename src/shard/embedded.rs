@@ -10,7 +10,7 @@
 //!    records   queue number, seq  → what the enqueue said           written once
 //!    keys      what `keys/rows.rs` says                                of the ordinary keys
 //!    rows      "s" → stamp   "q" queue number → queue   "j" queue number, seq → job   "u" queue number, key → holder
-//!              "w" queue number, name → worker session   "b" queue number, seq → the session of a lease
+//!              "w" queue number, name → worker session   "b" queue number, seq → the session of a lease   "c" queue number → limits
 //!              "l" name → lock   "m" name → semaphore   "d" queue number, key → deaths   "n" role, 0, name → note
 //! ```
 //!
@@ -425,6 +425,7 @@ impl DiskRows {
             Key::Record(..) => &self.records,
             Key::Stamp
             | Key::Queue(_)
+            | Key::Limits(_)
             | Key::Job(..)
             | Key::Unique(..)
             | Key::Session(..)
@@ -486,6 +487,7 @@ fn encode_key(key: &Key) -> Slice {
     match key {
         Key::Stamp => Slice::from(b"s".as_slice()),
         Key::Queue(number) => numbered(b"q", *number, &[]),
+        Key::Limits(number) => numbered(b"c", *number, &[]),
         Key::Record(number, seq) => numbered(b"", *number, &seq.to_be_bytes()),
         Key::Job(number, seq) => numbered(b"j", *number, &seq.to_be_bytes()),
         Key::Unique(number, key) => numbered(b"u", *number, key),
@@ -515,6 +517,7 @@ fn decode_key(table: Table, raw: &[u8]) -> Option<Key> {
     let seq = || rest.try_into().ok().map(u64::from_be_bytes);
     match table {
         Table::Queues => rest.is_empty().then_some(Key::Queue(number)),
+        Table::Limits => rest.is_empty().then_some(Key::Limits(number)),
         Table::Records => Some(Key::Record(number, seq()?)),
         Table::Jobs => Some(Key::Job(number, seq()?)),
         Table::Uniques => Some(Key::Unique(number, Bytes::copy_from_slice(rest))),
@@ -550,6 +553,7 @@ impl Rows for DiskRows {
         let rows = match table {
             Table::Records => self.records.iter(),
             Table::Queues => self.rows.prefix(b"q"),
+            Table::Limits => self.rows.prefix(b"c"),
             Table::Jobs => self.rows.prefix(b"j"),
             Table::Uniques => self.rows.prefix(b"u"),
             Table::Deaths => self.rows.prefix(b"d"),

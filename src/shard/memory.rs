@@ -139,6 +139,7 @@ impl Rows for MapRows {
                     | (Table::Uniques, Key::Unique(..))
                     | (Table::Sessions, Key::Session(..))
                     | (Table::Bound, Key::Bound(..))
+                    | (Table::Limits, Key::Limits(_))
                     | (Table::Objects, Key::Object(..))
                     | (Table::Deaths, Key::Deaths(..))
                     | (Table::Notes, Key::Note(..))

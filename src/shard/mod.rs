@@ -39,6 +39,10 @@
 //!   waits longest by (higher priority, lower place) is next, and nobody overtakes it. With a bound of 1 a job that had a turn
 //!   keeps it while it is scheduled or ready after a FAIL, a RELEASE or a lapse. PEEK shows those that wait for a turn
 //!   behind the line, by (shorter, then smaller group, higher priority, lower place).
+//! - Where the shard has a share of a limit, an enqueue is refused whole when more jobs would wait than the share says; a
+//!   lease gets no more jobs than the share of leased ones leaves, nor more than the rate leaves: a start counts from its
+//!   moment to the end of the rate's window, this end rounded up to a step, a [`RATE_STEPS`]th of the window. Only new jobs are
+//!   refused: one that comes back always finds its place.
 //! - A job's ttl counts from its enqueue; a job that would become ready or scheduled after it is expired instead (a redrive
 //!   counts all the same, and takes no key). A leased job does not expire.
 //! - A *session* holds leases for a worker as long as one of its keepers, the proxies, says so: each KEEP moves the end of
@@ -144,6 +148,58 @@ pub enum Deed {
     Show,
 }
 
+/// The steps in which a rate's window slides: what a start used is free again at most one of so many parts of it late.
+pub const RATE_STEPS: u64 = 512;
+
+/// So many jobs may be started within any `per_ms`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    pub jobs: u64,
+    pub per_ms: Millis,
+}
+
+/// The limits of a queue, or a shard's share of them; `None`: there is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueLimits {
+    /// Jobs that may be leased at once.
+    pub concurrency: Option<u64>,
+    pub rate: Option<Rate>,
+    /// Ready and scheduled jobs before an enqueue is refused.
+    pub waiting: Option<u64>,
+}
+
+/// What is done about the limits of a queue. Each is answered with [`Outcome::Limits`], as they are then.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LimitDeed {
+    Look,
+    /// Gives the shard its share, unless it has one of a higher version. What is in use beyond it goes on.
+    Share {
+        version: u64,
+        limits: QueueLimits,
+    },
+    /// Replaces the ledger of all shares, which means nothing to the shard, where its version still is `was`.
+    Note {
+        was: u64,
+        ledger: Bytes,
+    },
+}
+
+/// What a shard knows about the limits of a queue, and what is in use of its share.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LimitView {
+    pub version: u64,
+    pub limits: QueueLimits,
+    pub ledger_version: u64,
+    pub ledger: Bytes,
+    pub leased: u64,
+    /// Jobs started within the window of the rate.
+    pub started: u64,
+    /// Ready and scheduled jobs.
+    pub waiting: u64,
+    /// Jobs in the line; 0 when deliveries are paused.
+    pub ready: u64,
+}
+
 /// Who holds a keyed object, and for how much longer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
@@ -186,9 +242,11 @@ pub struct Op {
 /// What an operation does, and in brackets its outcome.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
-    /// Adds one job for each payload, all or none. `policy.id` or `policy.unique` only with one payload. [`Outcome::Enqueued`]
+    /// Adds one job for each payload, all or none. `policy.id` or `policy.unique` only with one payload. Where more would
+    /// wait than the shard's share allows [`Outcome::Full`], and else [`Outcome::Enqueued`]
     Enqueue { policy: Arc<Policy>, payloads: Vec<Bytes>, start: Start },
-    /// Leases up to `tokens.len()` ready jobs, one for each token. Nothing from a paused queue. [`Outcome::Leased`]
+    /// Leases up to `tokens.len()` jobs of the line, one for each token, and no more than the shard's share of the limits
+    /// allows. Nothing from a paused queue. [`Outcome::Leased`]
     Lease { tokens: Vec<u64>, lease_ms: Millis, worker: Bytes },
     /// Completes the leased jobs. [`Outcome::Count`]
     Ack { leases: Vec<Lease>, result: Bytes },
@@ -230,6 +288,8 @@ pub enum Action {
     Keep { keeper: u64, keep_ms: Millis, parties: Vec<Party> },
     /// A page of the queue's sessions by (end, name). [`Outcome::Sessions`]
     Sessions { offset: u64, count: u64 },
+    /// [`Outcome::Limits`]
+    Limit(LimitDeed),
     /// Moves what has fallen due and trims what is kept; nothing else. [`Outcome::Done`]
     Tick,
     /// The groups of deaths in the outbox, by their keys. [`Outcome::Outbox`]
@@ -274,6 +334,8 @@ pub struct Stats {
     pub cancelled: u64,
     pub expired: u64,
     pub paused: bool,
+    /// The ledger of the queue's limits is kept here, and there are some.
+    pub keeps_limits: bool,
     /// Enqueue time of the job that is next in the line.
     pub oldest_ready_at: Option<UnixMs>,
     /// The shard's clock when this was read.
@@ -284,6 +346,9 @@ pub struct Stats {
 #[derive(Debug, PartialEq)]
 pub enum Outcome {
     Enqueued(Vec<Placed>),
+    /// Nothing was added of this op.
+    Full(Box<Op>),
+    Limits(Box<LimitView>),
     Leased(Vec<Delivery>),
     Count(u64),
     State(JobState),
@@ -331,8 +396,8 @@ pub struct Effect {
     pub ready: u64,
     /// Ready, leased and scheduled jobs after the batch: the load that placement looks at.
     pub load: u64,
-    /// Until something in this queue falls due (an end of a lease or session, a due time, a ttl), from now; `None`:
-    /// nothing will.
+    /// Until something in this queue falls due (an end of a lease or session, a due time, a ttl, a rate that lets more
+    /// start), from now; `None`: nothing will.
     pub due_in: Option<Millis>,
     /// Deaths that the groups in the outbox count after the batch.
     pub deaths: u64,

@@ -33,6 +33,7 @@ use crate::shard::{Action, Applied, DeathGroup, Op, Rules, Stamp};
 mod group;
 mod job;
 mod keyed;
+mod limit;
 mod line;
 mod ops;
 mod outbox;
@@ -43,6 +44,7 @@ mod turn;
 
 use job::{Job, Record, broken};
 use keyed::Objects;
+use limit::Share;
 use queue::{Hold, Queue};
 use rows::{Key, Rows, Table};
 use turn::Turn;
@@ -77,6 +79,13 @@ impl<R: Rows> State<R> {
         rows.each(Table::Uniques, &mut |key, row| match key {
             Key::Unique(number, key) => queue_of(number, &mut |queue| {
                 queue.unique.insert(key.clone(), Hold::decode(row.clone())?);
+                Ok(())
+            }),
+            _ => Ok(()),
+        })?;
+        rows.each(Table::Limits, &mut |key, row| match key {
+            Key::Limits(number) => queue_of(number, &mut |queue| {
+                queue.share = Some(Box::new(Share::decode(row.clone())?));
                 Ok(())
             }),
             _ => Ok(()),

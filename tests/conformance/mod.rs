@@ -12,6 +12,7 @@ mod groups;
 pub mod keyguard;
 mod keys;
 mod life;
+mod limits;
 mod locks;
 mod outbox;
 mod pages;

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::trial::Home;
-use super::{Case, dead, delivery, groups, keys, life, locks, outbox, pages, run, sessions, time, verdicts};
+use super::{Case, dead, delivery, groups, keys, life, limits, locks, outbox, pages, run, sessions, time, verdicts};
 use crate::support::servers::{Cluster, Flavour, Sentinels};
 
 fn suite() -> impl Iterator<Item = &'static Case> {
@@ -20,6 +20,7 @@ fn suite() -> impl Iterator<Item = &'static Case> {
         locks::CASES,
         groups::CASES,
         sessions::CASES,
+        limits::CASES,
     ];
     files.into_iter().flatten()
 }

@@ -15,8 +15,8 @@ use crate::clock::UnixMs;
 use crate::error::{Error, Result};
 use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Spec, TEXT_BYTES_MAX};
 use crate::shard::{
-    Action, BULK_JOBS_MAX, DeathGroup, DeathMark, Deed, Effect, Keyed, Op, Outcome, PAGE_JOBS_MAX, Placed, Rules,
-    SessionView, Start, Stats, TICK_JOBS_MAX,
+    Action, BULK_JOBS_MAX, DeathGroup, DeathMark, Deed, Effect, Keyed, LimitDeed, LimitView, Op, Outcome,
+    PAGE_JOBS_MAX, Placed, QueueLimits, RATE_STEPS, Rate, Rules, SessionView, Start, Stats, TICK_JOBS_MAX,
 };
 
 /// Numbers of 6 bytes are below this.
@@ -28,6 +28,8 @@ const STAMP_DIGITS: usize = 13;
 
 // The script has one bound for both.
 const _: () = assert!(TICK_JOBS_MAX == BULK_JOBS_MAX);
+// And this one is written in `rules.lua` again.
+const _: () = assert!(RATE_STEPS == 512);
 
 /// The ops of one queue, lock or semaphore: one call.
 #[derive(Clone)]
@@ -86,6 +88,7 @@ pub fn is_repeatable(action: &Action) -> bool {
             | Action::Len { .. }
             | Action::Stats
             | Action::Pause { .. }
+            | Action::Limit(LimitDeed::Look | LimitDeed::Share { .. })
             | Action::DeadGet { .. }
             | Action::Keep { .. }
             | Action::Sessions { .. }
@@ -121,6 +124,7 @@ impl Part {
         self.creates |= match action {
             Action::Enqueue { payloads, .. } => !payloads.is_empty(),
             Action::Pause { paused } => *paused,
+            Action::Limit(deed) => *deed != LimitDeed::Look,
             _ => false,
         };
         match (action, self.runs.last_mut()) {
@@ -198,8 +202,22 @@ impl Part {
         match run {
             Run::Plain(run) | Run::Special(run) => {
                 let is_special = !run.iter().all(|own| is_plain(self.action(ops, *own)));
+                // One by one, where all are: then each stands for itself.
+                let is_sized = is_special || run.iter().any(|own| jobs_of(self.action(ops, *own)) != 1);
                 let jobs = run.iter().map(|own| jobs_of(self.action(ops, *own))).sum::<usize>();
-                command.arg(if is_special { "E" } else { "e" }).arg(jobs);
+                let letter = if is_special {
+                    "E"
+                } else if is_sized {
+                    "m"
+                } else {
+                    "e"
+                };
+                command.arg(letter).arg(jobs);
+                if is_sized {
+                    scratch.clear();
+                    run.iter().for_each(|own| scratch.put_u32(jobs_of(self.action(ops, *own)) as u32));
+                    command.arg(&scratch[..]);
+                }
                 for own in run {
                     put_jobs(command, scratch, self.action(ops, *own), is_special);
                 }
@@ -259,9 +277,13 @@ impl Part {
             let value = runs.next()?;
             match run {
                 Run::Plain(run) => {
-                    let mut seq = int(&value)? as u64;
-                    for own in run {
+                    let (mut seq, marks) = read_taken(value)?;
+                    for (nth, own) in run.iter().enumerate() {
                         let jobs = jobs_of(self.action(ops, *own)) as u64;
+                        if marks.as_ref().is_some_and(|marks| marks.get(nth) != Some(&b'1')) {
+                            outcomes[*own] = self.full(ops, *own);
+                            continue;
+                        }
                         outcomes[*own] = Outcome::Enqueued((seq..seq + jobs).map(Placed::Added).collect());
                         seq += jobs;
                     }
@@ -270,8 +292,12 @@ impl Part {
                     let mut placed = list(value)?.into_iter();
                     for own in run {
                         let jobs = jobs_of(self.action(ops, *own));
-                        let placed: Option<Vec<_>> = placed.by_ref().take(jobs).map(read_placed).collect();
-                        outcomes[*own] = Outcome::Enqueued(placed.filter(|placed| placed.len() == jobs)?);
+                        let placed: Vec<Value> = placed.by_ref().take(jobs).collect();
+                        outcomes[*own] = match placed.first()? {
+                            Value::Nil => self.full(ops, *own),
+                            _ if placed.len() < jobs => return None,
+                            _ => Outcome::Enqueued(placed.into_iter().map(read_placed).collect::<Option<_>>()?),
+                        };
                     }
                 }
                 Run::Lease(run) => self.read_deliveries(value, run, ops, now, &mut outcomes)?,
@@ -294,6 +320,11 @@ impl Part {
             deaths,
         };
         Some((outcomes, Some(effect)))
+    }
+
+    /// What is answered to an op for whose jobs there was no room.
+    fn full(&self, ops: &[Op], own: usize) -> Outcome {
+        Outcome::Full(Box::new(ops[self.places[own]].clone()))
     }
 
     fn read_deliveries(
@@ -460,6 +491,23 @@ fn put_ref(command: &mut Cmd, scratch: &mut BytesMut, job: &JobRef) {
     command.arg(&scratch[..]);
 }
 
+fn put_limit(command: &mut Cmd, scratch: &mut BytesMut, deed: &LimitDeed) {
+    command.arg("h");
+    match deed {
+        LimitDeed::Look => command.arg("l").arg("").arg(""),
+        LimitDeed::Share { version, limits } => {
+            scratch.clear();
+            put_short(scratch, *version);
+            put_short(scratch, limits.concurrency.unwrap_or(SHORT_MAX));
+            put_short(scratch, limits.rate.map_or(SHORT_MAX, |rate| rate.jobs));
+            put_short(scratch, limits.rate.map_or(0, |rate| rate.per_ms));
+            put_short(scratch, limits.waiting.unwrap_or(SHORT_MAX));
+            command.arg("s").arg(&scratch[..]).arg("")
+        }
+        LimitDeed::Note { was, ledger } => command.arg("w").arg(*was).arg(&ledger[..]),
+    };
+}
+
 fn put_refs(command: &mut Cmd, scratch: &mut BytesMut, op: &str, jobs: &[JobRef]) {
     command.arg(op).arg(jobs.len());
     jobs.iter().for_each(|job| put_ref(command, scratch, job));
@@ -523,6 +571,7 @@ fn put_one(command: &mut Cmd, scratch: &mut BytesMut, action: &Action) {
         Action::Pause { paused } => {
             command.arg("P").arg(u8::from(*paused));
         }
+        Action::Limit(deed) => put_limit(command, scratch, deed),
         Action::Purge { state } => {
             command.arg("u").arg(state_char(*state));
         }
@@ -615,6 +664,36 @@ fn read_placed(value: Value) -> Option<Placed> {
     Some(Placed::Held { seq, chosen: held.next().and_then(text) })
 }
 
+/// The first seq, and where the queue has a limit a mark for each op: `1`, its jobs were taken.
+fn read_taken(value: Value) -> Option<(u64, Option<Bytes>)> {
+    if let Some(first) = int(&value) {
+        return Some((first as u64, None));
+    }
+    let mut pair = list(value)?.into_iter();
+    Some((int(&pair.next()?)? as u64, Some(text(pair.next()?)?)))
+}
+
+fn read_limits(value: Value) -> Option<LimitView> {
+    let mut parts = list(value)?.into_iter();
+    let mut next = || parts.next();
+    let limit = |value: Value| Some(u64::try_from(int(&value)?).ok());
+    let version = int(&next()?)? as u64;
+    let (concurrency, jobs) = (limit(next()?)?, limit(next()?)?);
+    let per_ms = int(&next()?)? as u64;
+    let waiting = limit(next()?)?;
+    let rate = jobs.map(|jobs| Rate { jobs, per_ms });
+    Some(LimitView {
+        version,
+        limits: QueueLimits { concurrency, rate, waiting },
+        ledger_version: int(&next()?)? as u64,
+        ledger: text(next()?)?,
+        leased: int(&next()?)? as u64,
+        started: int(&next()?)? as u64,
+        waiting: int(&next()?)? as u64,
+        ready: int(&next()?)? as u64,
+    })
+}
+
 /// A job as `rules.lua` shows it: seq, record, state record or nothing.
 fn read_view(value: Value) -> Option<JobView> {
     let mut parts = list(value)?.into_iter();
@@ -704,6 +783,7 @@ fn read_stats(value: Value, now: UnixMs) -> Option<Stats> {
         expired: next()?,
         paused: next()? != 0,
         oldest_ready_at: numbers.next().and_then(|at| u64::try_from(at).ok()),
+        keeps_limits: numbers.next()? != 0,
         now,
     })
 }
@@ -723,6 +803,7 @@ fn read_one(action: &Action, value: Value, now: UnixMs) -> Option<Outcome> {
             groups.sort_unstable_by(|one, other| one.key.cmp(&other.key));
             Outcome::Outbox { groups, now }
         }
+        (Action::Limit(_), value) => Outcome::Limits(Box::new(read_limits(value)?)),
         (Action::Stats, value) => Outcome::Stats(Box::new(read_stats(value, now)?)),
         (Action::Keep { .. }, value) => {
             let counts: Option<Vec<i64>> = list(value)?.iter().map(int).collect();

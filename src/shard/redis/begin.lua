@@ -19,6 +19,9 @@
 --                       1000 - priority (2), place (6), seq (6), the job's bound (4)
 --   sessions   zset     worker sessions by their ends
 --   bound      zset     seqs of leases that hang on a session, by its number
+--   limits     hash     "s" the shard's share: version, leased, started, window, waiting (6 each; all bits: no limit);
+--                       "r" how many were started in the window, then for each step of it its last moment and how many
+--                       (6 each); "l" the ledger's version (6) and text
 --   completed, cancelled, expired          lists of the seqs that are kept, oldest first
 --   outbox     hash     key of a group of deaths -> its row, as `src/shard/outbox.rs` lays it out
 -- ARGV: the header, then the ops. The answer: {outcomes, ready, load, due (-1: nothing), now, deaths}.
@@ -37,7 +40,7 @@ local pack, parse = struct.pack, struct.unpack
 local spread = table.unpack or unpack
 local META, JOBS, STATE, READY, RANKED, SCHEDULED, LEASED = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local EXPIRING, DEAD, HELD, COMPLETED, CANCELLED, EXPIRED = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12], KEYS[13]
-local OUTBOX, BLOCKED, SESSIONS, BOUND = KEYS[14], KEYS[15], KEYS[16], KEYS[17]
+local OUTBOX, BLOCKED, SESSIONS, BOUND, LIMITS = KEYS[14], KEYS[15], KEYS[16], KEYS[17], KEYS[18]
 local META_FORMAT = '<ddddddddddddddddddddddddddddd'
 local META_BYTES = 232
 local TIME_MAX = 281474976710655 -- what 6 bytes hold
@@ -102,7 +105,9 @@ do
     ranked = ranked, -- members of `ranked`
     odd = odd, -- entries of the list `ready` that are ghosts or have a state record
     ttl = ttl, -- members of `expiring`
-    held = held, -- 1 once the queue has seen an id or a unique key, 2 more once it has seen a group
+    -- 1 once the queue has seen an id or a unique key, 2 more once it has seen a group, 4 more while it has a share of a
+    -- limit, 8 more while it keeps the ledger of limits.
+    held = held,
     ended = ended, -- counts what was put on the lists of the kept, so that the three have one order
     keep_until = keep_until, -- no kept job is too old before this
     due = due, -- when the next thing falls due; 0 for never
@@ -111,9 +116,13 @@ do
     bound = bound, -- members of `bound`
   }
 end
+local function seen(bit)
+  return math.floor(M.held / bit) % 2 == 1
+end
+
 -- Ready jobs that are not in the line; only those in the line are in `M.ready`.
 local function blocked()
-  return M.held >= 2 and call('ZCARD', BLOCKED) or 0
+  return M.held >= 2 and seen(2) and call('ZCARD', BLOCKED) or 0
 end
 
 local ready_was = M.paused == 0 and M.ready or 0

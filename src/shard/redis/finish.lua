@@ -1,7 +1,11 @@
 -- The ops, between what has fallen due before and what is kept after.
 
-if M.due > 0 and M.due <= now then
+if M.held >= 4 then
   rules = make_rules()
+  ready_was = rules.leasable(ready_was)
+end
+if M.due > 0 and M.due <= now then
+  rules = rules or make_rules()
   rules.tick(bulk_max)
 end
 -- Forgets what need not be kept any more.
@@ -27,8 +31,8 @@ local outcomes = {}
 while ARGV[at] do
   local op = ARGV[at]
   at = at + 1
-  if op == 'e' then
-    outcomes[#outcomes + 1] = enqueue_plain()
+  if op == 'e' or op == 'm' then
+    outcomes[#outcomes + 1] = enqueue_plain(op == 'm')
   elseif op == 'l' then
     outcomes[#outcomes + 1] = lease()
   elseif op == 'a' then
@@ -72,6 +76,9 @@ if meta_is ~= meta_was then
 end
 
 local ready = M.paused == 0 and M.ready or 0
+if M.held >= 4 then
+  due, ready = rules.limit_effect(due, ready)
+end
 if ready_was == 0 and ready > 0 then
   local channel, queue = parse('>I2c0I2c0', ARGV[1], 27)
   call('PUBLISH', channel, queue)

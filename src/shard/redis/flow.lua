@@ -1,21 +1,31 @@
 -- Jobs without an id, a unique key, a group, a ttl, a priority or a delay.
--- ARGV: count, records. Answers the first seq.
-local function enqueue_plain()
+-- ARGV: count, where an op has several jobs the jobs of each op (4 each), records. Answers the first seq; where the queue
+-- has a limit, with a mark for each op: 1 when it was taken, 0 when there was no room for all of its jobs.
+local function enqueue_plain(is_sized)
   local count, seq, stamp = tonumber(ARGV[at]), M.seq, format('%013.0f', now)
   local seqs, pairs = {}, {}
+  local sizes = is_sized and ARGV[at + 1]
+  local first, taken, marks = at + (is_sized and 2 or 1), ARGV, nil
+  at = first + count
+  if M.held >= 4 then
+    taken, marks = rules.fitting(first, count, sizes)
+    first, count = 1, #taken
+    if count == 0 then
+      return {seq + 1, marks}
+    end
+  end
   for i = 1, count do
     local job = pack('>I6', seq + i)
     seqs[i] = job
     pairs[2 * i - 1] = job
-    pairs[2 * i] = stamp .. ARGV[at + i]
+    pairs[2 * i] = stamp .. taken[first + i - 1]
   end
-  at = at + count + 1
   send('HSET', JOBS, pairs)
   send('RPUSH', READY, seqs)
   M.seq = seq + count
   M.ready = M.ready + count
   M.enqueued = M.enqueued + count
-  return seq + 1
+  return marks and {seq + 1, marks} or seq + 1
 end
 
 -- Leases jobs, one for each token, for any number of ops.
@@ -24,6 +34,9 @@ local function lease()
   local tokens, parties = ARGV[at], ARGV[at + 1]
   at = at + 2
   local count = math.min(#tokens / 6, M.ready)
+  if M.held >= 4 then
+    count = rules.leasable(count)
+  end
   if M.paused ~= 0 or count == 0 then
     return {'', '', {}}
   end
@@ -70,6 +83,9 @@ local function lease()
     M.ready = M.ready - count
     M.leased = M.leased + count
     M.delivered = M.delivered + count
+    if M.held >= 4 then
+      rules.start(count)
+    end
   end
   return {table.concat(seqs), spent, records}
 end

@@ -33,7 +33,7 @@ use crate::error::{Code, Error, Happened, Result};
 use crate::job::Name;
 
 /// The keys of a queue, by what follows their tag; in the order of the script's `KEYS`.
-const QUEUE_KEYS: [&str; 17] = [
+const QUEUE_KEYS: [&str; 18] = [
     "meta",
     "jobs",
     "state",
@@ -51,6 +51,7 @@ const QUEUE_KEYS: [&str; 17] = [
     "blocked",
     "sessions",
     "bound",
+    "limits",
 ];
 
 /// The script of a queue. Locks and semaphores have their own ([`keyed`]).

@@ -9,6 +9,7 @@ function make_rules()
   -- The states in which a job of a group has a turn.
   local TURN = {R = true, r = true, s = true, L = true}
   local PLACE_MAX = 4398046511104
+  local RATE_STEPS = 512
 
   local function text(number)
     return format('%.0f', number)
@@ -397,7 +398,7 @@ function make_rules()
     local freed = {}
     if M.held ~= 0 then
       local records = fetch(JOBS, seqs)
-      local states = M.held >= 2 and fetch(STATE, seqs) or {}
+      local states = seen(2) and fetch(STATE, seqs) or {}
       for i = 1, #seqs do
         if records[i] then
           local it = read_head({job = seqs[i], flags = byte(records[i], 14) - 64}, records[i])
@@ -425,6 +426,124 @@ function make_rules()
     for i = 1, #freed do
       admit(freed[i])
     end
+  end
+
+  ------------------------------------------------------------------------------------------------ limits
+
+  -- What the shard has of the queue's limits, once it was looked at.
+  local share
+
+  -- Forgets the starts that have left the window.
+  local function slide()
+    local from = 1
+    while from < #share.log do
+      local last, jobs = parse('>I6I6', share.log, from)
+      if last + share.window > now then
+        break
+      end
+      share.started = share.started - jobs
+      from = from + 12
+    end
+    if from > 1 then
+      share.log, share.is_changed = sub(share.log, from), true
+    end
+  end
+
+  local function change_share(packed)
+    share.version, share.leased, share.rate, share.window, share.waiting = parse('>I6I6I6I6I6', packed)
+    for _, limit in ipairs({'leased', 'rate', 'waiting'}) do
+      share[limit] = share[limit] ~= TIME_MAX and share[limit] or nil
+    end
+    if not share.rate then
+      share.log, share.started, share.is_changed = '', 0, false
+    end
+    slide()
+    return share
+  end
+
+  local function read_share()
+    if not share then
+      local found = call('HMGET', LIMITS, 's', 'r')
+      share = {version = 0, window = 0, started = 0, log = ''}
+      if found[2] then
+        share.started, share.log = parse('>I6', found[2]), sub(found[2], 7)
+      end
+      if found[1] then
+        change_share(found[1])
+      end
+    end
+    return share
+  end
+
+  -- Of so many jobs, how many may be leased.
+  function rules.leasable(count)
+    local share = read_share()
+    if share.leased then
+      count = math.min(count, math.max(share.leased - M.leased, 0))
+    end
+    if share.rate then
+      count = math.min(count, math.max(share.rate - share.started, 0))
+    end
+    return count
+  end
+
+  -- Whether so many jobs may be added to those that wait; how many more may be.
+  local function has_room(count)
+    local most = read_share().waiting
+    local room = most and most - M.ready - blocked() - M.scheduled or math.huge
+    return count <= room, room
+  end
+
+  -- Of the records of some ops, those of the ops that there is room for, and a mark for each op.
+  function rules.fitting(first, count, sizes)
+    local _, room = has_room(0)
+    local records, marks, position = {}, {}, first
+    while position < first + count do
+      local size = sizes and parse('>I4', sizes, 4 * #marks + 1) or 1
+      local fits = size <= room
+      marks[#marks + 1] = fits and '1' or '0'
+      if fits then
+        room = room - size
+        for i = position, position + size - 1 do
+          records[#records + 1] = ARGV[i]
+        end
+      end
+      position = position + size
+    end
+    return records, table.concat(marks)
+  end
+
+  -- Remembers that jobs were started.
+  function rules.start(count)
+    local share = read_share()
+    if share.rate then
+      local step = math.ceil(share.window / RATE_STEPS)
+      local last = now - now % step + step - 1
+      local known, jobs = 0, 0
+      if share.log ~= '' then
+        known, jobs = parse('>I6I6', share.log, #share.log - 11)
+      end
+      if known >= last then
+        share.log = sub(share.log, 1, -13) .. pack('>I6I6', known, jobs + count)
+      else
+        share.log = share.log .. pack('>I6I6', last, count)
+      end
+      share.started, share.is_changed = share.started + count, true
+    end
+  end
+
+  -- Keeps what was started; when the next thing falls due, and how many jobs can be leased.
+  function rules.limit_effect(due, ready)
+    local share = read_share()
+    if share.is_changed then
+      call('HSET', LIMITS, 'r', pack('>I6', share.started) .. share.log)
+    end
+    local most = rules.leasable(ready)
+    if ready > 0 and most == 0 and share.rate and share.rate > 0 and share.rate <= share.started then
+      local opens = parse('>I6', share.log) + share.window
+      due = (due == 0 or opens < due) and opens or due
+    end
+    return due, most
   end
 
   ------------------------------------------------------------------------------------------------ for flow.lua
@@ -490,7 +609,7 @@ function make_rules()
         M.ranked = M.ranked - send('ZREM', RANKED, gone)
       end
     end
-    if M.held >= 2 then
+    if seen(2) then
       take_ranked('(0')
       take_merged()
       take_ranked('+inf')
@@ -614,7 +733,7 @@ function make_rules()
         for i = 1, #found do
           if records[i] then
             -- One before it may have let it into the line.
-            change(M.held >= 2 and find(found[i]) or job_of(found[i], records[i], states[i]))
+            change(seen(2) and find(found[i]) or job_of(found[i], records[i], states[i]))
           end
         end
       end
@@ -727,11 +846,17 @@ function make_rules()
     return spread(ARGV, at - count, at - 1)
   end
 
-  -- Jobs with something special. ARGV: count, then for each: what is special, and the record.
-  -- Answers for each the seq, or {seq of the holder, its chosen id or false}.
+  -- Jobs with something special. ARGV: count, the jobs of each op (4 each), then for each job: what is special, and the record.
+  -- Answers for each the seq, or {seq of the holder, its chosen id or false}, or false where there is no room.
   local function enqueue()
-    local placed = {}
-    for i = 1, tonumber(arguments(1)) do
+    local placed, count, sizes = {}, arguments(2)
+    local nth, left, is_full = 0, 0, false
+    for i = 1, tonumber(count) do
+      if left == 0 then
+        nth, left = nth + 4, parse('>I4', sizes, nth + 1)
+        is_full = M.held >= 4 and not has_room(left)
+      end
+      left = left - 1
       local special, record = arguments(2)
       local mode, when, id, key = parse('>c1I6I2c0I2c0', special)
       local span = key ~= '' and parse('>I6', special, #special - 5) or 0
@@ -739,6 +864,8 @@ function make_rules()
       if holder then
         local it = find(holder)
         placed[i] = {parse('>I6', holder), it and keys_of(it) or false}
+      elseif is_full then
+        placed[i] = false
       else
         M.seq = M.seq + 1
         M.enqueued = M.enqueued + 1
@@ -751,10 +878,10 @@ function make_rules()
         if key ~= '' then
           hold_key(job, key, span)
         end
-        if (id ~= '' or key ~= '') and M.held % 2 == 0 then
+        if (id ~= '' or key ~= '') and not seen(1) then
           M.held = M.held + 1
         end
-        if has(it, 8) and M.held < 2 then
+        if has(it, 8) and not seen(2) then
           M.held = M.held + 2
         end
         local due = mode == 'd' and after(when) or mode == 'a' and when or 0
@@ -939,7 +1066,7 @@ function make_rules()
   local function ready_page(offset, count)
     local page = line_page(offset, count)
     local from = math.max(offset - M.ready, 0)
-    if M.held >= 2 and #page < count then
+    if seen(2) and #page < count then
       local ranks = call('ZRANGE', BLOCKED, text(from), text(from + count - #page - 1))
       for i = 1, #ranks do
         page[#page + 1] = sub(ranks[i], -10, -5)
@@ -988,7 +1115,7 @@ function make_rules()
     return {
       M.ready + blocked(), M.scheduled, M.leased, M.dead, M.completed_kept, M.cancelled_kept, M.expired_kept, M.enqueued, M.delivered,
       M.completed, M.failed, M.lapsed, M.released, M.died, M.redriven, M.cancelled, M.expired, M.paused,
-      record and tonumber(sub(record, 1, 13)) or -1,
+      record and tonumber(sub(record, 1, 13)) or -1, seen(8) and 1 or 0,
     }
   end
 
@@ -1024,6 +1151,31 @@ function make_rules()
     end
     forget(seqs)
     return {#seqs, count_of(state) > 0 and now or -1}
+  end
+
+  -- ARGV: what is done, and two more. Answers all that is known about the limits.
+  local function limit()
+    local deed, first, second = arguments(3)
+    if deed == 's' and parse('>I6', first) >= read_share().version then
+      call('HSET', LIMITS, 's', first)
+      if not change_share(first).rate then
+        call('HDEL', LIMITS, 'r')
+      end
+      local is_limited = share.leased or share.rate or share.waiting
+      M.held = M.held + ((is_limited and 4 or 0) - (seen(4) and 4 or 0))
+    end
+    local ledger, version = call('HGET', LIMITS, 'l') or NOBODY, 0
+    version, ledger = parse('>I6', ledger), sub(ledger, 7)
+    if deed == 'w' and tonumber(first) == version then
+      version, ledger = version + 1, second
+      call('HSET', LIMITS, 'l', pack('>I6', version) .. ledger)
+      M.held = M.held + ((ledger ~= '' and 8 or 0) - (seen(8) and 8 or 0))
+    end
+    local known = read_share()
+    return {
+      known.version, known.leased or -1, known.rate or -1, known.window, known.waiting or -1, version, ledger, M.leased,
+      known.started, M.ready + blocked() + M.scheduled, M.paused == 0 and M.ready or 0,
+    }
   end
 
   -- Puts a dead job back; whether it could be.
@@ -1156,7 +1308,8 @@ function make_rules()
 
   rules.ops = {
     o = outbox, T = told, F = settle,
-    E = enqueue, f = fail, r = release, x = extend, p = progress, c = cancel, j = look, g = look_dead, k = peek, s = stats,
+    E = enqueue, h = limit,
+    f = fail, r = release, x = extend, p = progress, c = cancel, j = look, g = look_dead, k = peek, s = stats,
     P = pause, u = purge, R = dead_retry, A = dead_retry_all, D = dead_delete,
     n = function() return count_of(arguments(1)) end,
     t = function() return 'O' end,

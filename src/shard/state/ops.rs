@@ -6,12 +6,13 @@ use bytes::Bytes;
 use std::sync::Arc;
 
 use super::job::{Job, Last};
+use super::limit::Share;
 use super::rows::Rows;
 use super::turn::{Cause, To, Turn};
 use crate::clock::{Millis, UnixMs};
 use crate::error::{Error, Result};
 use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Policy, Spec, backoff_delay};
-use crate::shard::{Action, BULK_JOBS_MAX, Outcome, PAGE_JOBS_MAX, Placed, Start};
+use crate::shard::{Action, BULK_JOBS_MAX, LimitDeed, LimitView, Op, Outcome, PAGE_JOBS_MAX, Placed, Start};
 
 /// Whether the action can be applied at all.
 pub fn check(action: &Action) -> Result<()> {
@@ -68,6 +69,7 @@ impl<R: Rows> Turn<'_, R> {
             Action::OutboxSettle { marks } => self.outbox_settle(&marks),
             Action::Keep { keeper, keep_ms, parties } => self.keep(keeper, keep_ms, parties),
             Action::Sessions { offset, count } => self.sessions(offset, count),
+            Action::Limit(deed) => Ok(self.limit(deed)),
             // An object is no part of a queue: it never comes here.
             Action::Tick | Action::Keyed { .. } => Ok(Outcome::Done),
         }
@@ -82,6 +84,10 @@ impl<R: Rows> Turn<'_, R> {
         if let Some(seq) = holder {
             let chosen = self.record(seq)?.spec.policy.id.clone();
             return Ok(Outcome::Enqueued(vec![Placed::Held { seq, chosen }]));
+        }
+        if payloads.len() as u64 > self.queue.room() {
+            let action = Action::Enqueue { policy: policy.clone(), payloads, start };
+            return Ok(Outcome::Full(Box::new(Op { queue: self.queue.name.clone(), action })));
         }
         let due_at = match start {
             Start::Now => None,
@@ -98,8 +104,9 @@ impl<R: Rows> Turn<'_, R> {
         // A copy, once for all: what is kept must not hold the request's memory.
         let worker = Bytes::copy_from_slice(worker);
         let lease_until = self.after(lease_ms);
-        for token in tokens {
-            let Some(seq) = self.queue.line.first().filter(|_| !self.queue.is_paused) else { break };
+        let most = usize::try_from(self.queue.leasable()).unwrap_or(usize::MAX);
+        for token in tokens.iter().take(most) {
+            let Some(seq) = self.queue.line.first() else { break };
             let record = self.record(seq)?;
             let mut job = match self.queue.pristine.contains(seq) {
                 true => Job::new(seq, &record),
@@ -117,7 +124,36 @@ impl<R: Rows> Turn<'_, R> {
             let enqueued_at = record.enqueued_at;
             deliveries.push(Delivery { lease, spec: record.spec, attempt, enqueued_at, lease_until });
         }
+        if let Some(share) = &mut self.queue.share {
+            share.start(self.now, deliveries.len() as u64);
+        }
         Ok(Outcome::Leased(deliveries))
+    }
+
+    fn limit(&mut self, deed: LimitDeed) -> Outcome {
+        let mut share = self.queue.share.take().unwrap_or_default();
+        match deed {
+            LimitDeed::Look => {}
+            LimitDeed::Share { version, limits } => {
+                share.share(version, limits);
+                share.slide(self.now);
+            }
+            LimitDeed::Note { was, ledger } => share.note(was, &ledger),
+        }
+        // A queue without a row has no number that outlives the process.
+        self.queue.is_dirty |= share.is_dirty && !self.queue.is_stored;
+        let view = LimitView {
+            version: share.version,
+            limits: share.limits,
+            ledger_version: share.ledger_version,
+            ledger: share.ledger.clone(),
+            leased: self.queue.count(JobState::Leased),
+            started: share.started,
+            waiting: self.queue.count(JobState::Ready) + self.queue.count(JobState::Scheduled),
+            ready: if self.queue.is_paused { 0 } else { self.queue.line.len() },
+        };
+        self.queue.share = Some(share).filter(|share| **share != Share::default());
+        Outcome::Limits(Box::new(view))
     }
 
     fn ack(&mut self, leases: &[Lease], result: &Bytes) -> Result<Outcome> {

@@ -8,6 +8,7 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
 use super::group::Groups;
 use super::job::{Job, broken};
+use super::limit::Share;
 use super::line::{Dense, Line};
 use super::session::Sessions;
 use crate::clock::UnixMs;
@@ -72,6 +73,8 @@ pub struct Queue {
     pub line: Line,
     /// Ready jobs that are not in the line, and who keeps them from it.
     pub groups: Groups,
+    /// What the shard has of the queue's limits.
+    pub share: Option<Box<Share>>,
     /// By due time, lease end and time of death.
     pub scheduled: BTreeSet<(UnixMs, u64)>,
     pub leased: BTreeSet<(UnixMs, u64)>,
@@ -107,6 +110,7 @@ impl Queue {
             pristine: Dense::default(),
             line: Line::default(),
             groups: Groups::default(),
+            share: None,
             scheduled: BTreeSet::new(),
             leased: BTreeSet::new(),
             dead: BTreeSet::new(),
@@ -257,6 +261,22 @@ impl Queue {
         }
     }
 
+    /// How many jobs can be leased.
+    pub fn leasable(&self) -> u64 {
+        let ready = if self.is_paused { 0 } else { self.line.len() };
+        match &self.share {
+            Some(share) => ready.min(share.allowance(self.leased.len() as u64)),
+            None => ready,
+        }
+    }
+
+    /// How many more jobs may wait.
+    pub fn room(&self) -> u64 {
+        let most = self.share.as_ref().and_then(|share| share.limits.waiting);
+        let waiting = self.count(JobState::Ready) + self.count(JobState::Scheduled);
+        most.map_or(u64::MAX, |most| most.saturating_sub(waiting))
+    }
+
     /// When the next thing falls due.
     pub fn due_at(&self) -> Option<UnixMs> {
         let heads = [self.leased.first(), self.scheduled.first(), self.expiring.first()];
@@ -284,6 +304,7 @@ impl Queue {
             cancelled: totals.cancelled,
             expired: totals.expired,
             paused: self.is_paused,
+            keeps_limits: self.share.as_ref().is_some_and(|share| !share.ledger.is_empty()),
             oldest_ready_at: None,
             now: 0,
         }

@@ -17,6 +17,8 @@ pub enum Key {
     Stamp,
     /// The name and the counters of a queue.
     Queue(u32),
+    /// The share of the queue's limits, what is used of it, and the ledger.
+    Limits(u32),
     /// What an enqueue said: 13 digits of its time, then the record of `Spec::encode`. Written once.
     Record(u32, u64),
     /// The part of a job that changes. A job without it is ready and as its enqueue left it.
@@ -44,6 +46,7 @@ pub enum Table {
     Uniques,
     Sessions,
     Bound,
+    Limits,
     Objects,
     Deaths,
     Notes,

@@ -51,6 +51,9 @@ pub struct Turn<'a, R> {
 impl<R: Rows> Turn<'_, R> {
     /// Moves what has fallen due, and forgets what need not be kept any more.
     pub fn begin(&mut self) -> Result<()> {
+        if let Some(share) = &mut self.queue.share {
+            share.slide(self.now);
+        }
         let mut room = TICK_JOBS_MAX;
         self.end_sessions(&mut room)?;
         while let Some(seq) = due(self.queue.leased.first(), self.now, &mut room) {
@@ -75,14 +78,21 @@ impl<R: Rows> Turn<'_, R> {
             self.queue.is_dirty = false;
             self.queue.is_stored = true;
         }
-        let ready = self.queue.line.len();
+        if let Some(share) = self.queue.share.as_mut().filter(|share| share.is_dirty) {
+            share.is_dirty = false;
+            self.rows.put(Key::Limits(self.queue.number), share.encode());
+        }
+        let (ready, line) = (self.queue.leasable(), self.queue.line.len());
+        let can_open = ready == 0 && line > 0 && !self.queue.is_paused;
+        let opens_at = self.queue.share.as_ref().filter(|_| can_open).and_then(|share| share.opens_at());
+        let due_at = self.queue.due_at().into_iter().chain(opens_at).min();
         Ok(Effect {
             queue: self.queue.name.clone(),
-            ready: if self.queue.is_paused { 0 } else { ready },
+            ready,
             load: self.queue.count(JobState::Ready)
                 + self.queue.count(JobState::Leased)
                 + self.queue.count(JobState::Scheduled),
-            due_in: self.queue.due_at().map(|at| at.saturating_sub(self.now)),
+            due_in: due_at.map(|at| at.saturating_sub(self.now)),
             deaths: self.queue.deaths,
         })
     }
