@@ -115,7 +115,7 @@ declare! {
     WEBHOOKS = counter("goflow_webhook_deliveries_total", &["path", "result"],
         "Webhook deliveries by what became of them: accepted, unsigned, late, malformed or unavailable.");
     CONNECTIONS = gauge("goflow_connections", &[], "Open client connections.");
-    CONNECTIONS_ACCEPTED = counter("goflow_connections_total", &[], "Client connections accepted.");
+    CONNECTIONS_ACCEPTED = counter("goflow_connections_accepted_total", &[], "Client connections accepted.");
     CONNECTIONS_REFUSED = counter("goflow_connections_refused_total", &[], "Client connections refused at the bound.");
     CLIENTS_BLOCKED = gauge("goflow_clients_blocked", &[], "Clients that wait for something.");
     BYTES_RECEIVED = counter("goflow_received_bytes_total", &[], "Bytes read from clients.");
@@ -624,6 +624,26 @@ mod tests {
         for line in shown.lines().filter(|line| line.starts_with("# TYPE goflow_")) {
             let name = line.split(' ').nth(2).unwrap();
             assert!(ALL.iter().any(|declared| declared.name == name), "{name} is not declared");
+        }
+    }
+
+    #[test]
+    fn no_two_metrics_have_one_name_in_openmetrics() {
+        // There a counter's name is without its _total, and what a family's samples end in belongs to it.
+        let family = |declared: &Declared| declared.name.strip_suffix("_total").unwrap_or(declared.name);
+        let names = |declared: &Declared| -> Vec<String> {
+            let endings: &[&str] = match declared.kind {
+                Kind::Counter => &["", "_total", "_created"],
+                Kind::Gauge => &[""],
+                Kind::Histogram(_) => &["", "_bucket", "_count", "_sum", "_created"],
+            };
+            endings.iter().map(|ending| format!("{}{ending}", family(declared))).collect()
+        };
+        let mut taken: HashMap<String, &str> = HashMap::new();
+        for declared in ALL {
+            for name in names(declared) {
+                assert_eq!(taken.insert(name, declared.name), None, "{} clashes", declared.name);
+            }
         }
     }
 
