@@ -178,7 +178,8 @@ fn a_log_that_nobody_reads_any_more_stops_nobody() {
         assert!(reader.read_line(&mut line).unwrap() > 0, "it ended");
         line
     };
-    let announced = read_line();
+    let mut lines = std::iter::repeat_with(&mut read_line);
+    let announced = lines.find(|line| line.contains(" listening on ")).unwrap();
     let address = announced.trim().split_once(" listening on ").unwrap().1;
     while !read_line().starts_with("try: ") {}
     drop(reader);

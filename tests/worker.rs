@@ -359,17 +359,17 @@ fn the_jobs_of_a_killed_worker_all_come_back_and_each_is_done_once() {
     let goflow = Goflow::start(&["--shard", "s1=memory:"]);
     let mut wire = goflow.wire();
     // They outlive their worker, but not the directory.
-    let handler = "touch $JOB_ID; while [ -e $JOB_ID ]; do sleep 0.5; done";
+    let handler = "touch $JOB_ID; while [ -e $JOB_ID ]; do sleep 1; done";
     let mut worker =
-        Worker::start(goflow.address(), &["--concurrency", "50", "--lease", "1000"], &["sh", "-c", handler]);
-    let ids: Vec<String> = (0..50).map(|number| enqueue(&mut wire, &number.to_string(), "BACKOFF 1")).collect();
-    eventually!("all fifty run", (stat(&mut wire, "leased") == 50).then_some(()));
+        Worker::start(goflow.address(), &["--concurrency", "20", "--lease", "4000"], &["sh", "-c", handler]);
+    let ids: Vec<String> = (0..20).map(|number| enqueue(&mut wire, &number.to_string(), "BACKOFF 1")).collect();
+    eventually!("all twenty run", (stat(&mut wire, "leased") == 20).then_some(()));
     worker.process.kill();
     let _second = Worker::start(goflow.address(), &["--concurrency", "10"], &["cat"]);
     for (number, id) in ids.iter().enumerate() {
         assert_eq!(field(&mut wire, id, "completed", "result"), number.to_string());
     }
-    assert_eq!((stat(&mut wire, "lapsed"), stat(&mut wire, "completed")), (50, 50));
+    assert_eq!((stat(&mut wire, "lapsed"), stat(&mut wire, "completed")), (20, 20));
 }
 
 #[test]
