@@ -44,6 +44,10 @@ soak:
 	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 durable:: libraries:: forward::
 	GOFLOW_PATIENCE_S=3600 GOFLOW_STORM_DEATHS=$(STORM) GOFLOW_STORM_MS=5000 \
 	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 alerts::
+	GOFLOW_PATIENCE_S=3600 GOFLOW_SESSION_HELD_MS=600000 GOFLOW_SESSION_LEASES=100000 GOFLOW_SESSION_WORKERS=1000 \
+	  GOFLOW_SESSION_WATCH_MS=60000 GOFLOW_CONTEST_CLIENTS=64 GOFLOW_CONTEST_GRANTS=400 GOFLOW_CONTEST_FAULTS=$(KILLS) \
+	  GOFLOW_LOCK_ROUNDS=4000 GOFLOW_LOCK_BOUNDS=1 \
+	  $(CARGO) test --release --test main -- --nocapture --test-threads 1 workers:: contest::
 
 bench:
 	$(CARGO) run --release -- bench

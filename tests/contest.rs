@@ -4,7 +4,8 @@
 //! redis-py and ioredis (`tests/clients/contend.py`, `contend.js`) write down when each of their clients surely held an
 //! object. At the end there are never more of them at once than may be, the fences of a lock grow with its grants, and every
 //! client had its share. The check itself is checked with clients that release without comparing the token. Sizes:
-//! `GOFLOW_CONTEST_CLIENTS`, `GOFLOW_CONTEST_GRANTS` (for each client), `GOFLOW_CONTEST_FAULTS`.
+//! `GOFLOW_CONTEST_CLIENTS`, `GOFLOW_CONTEST_GRANTS` (for each client), `GOFLOW_CONTEST_FAULTS`; `GOFLOW_LOCK_ROUNDS` for what
+//! a lock costs, whose bounds are asserted only where `GOFLOW_LOCK_BOUNDS` asks for it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,7 +15,7 @@ use tempfile::TempDir;
 
 use crate::eventually;
 use crate::support::fleet::Fleet;
-use crate::support::process::{Process, Program, on_path, venv};
+use crate::support::process::{Process, Program, cpu_ms, on_path, venv};
 use crate::support::{scratch, size};
 
 const TTL_MS: u64 = 1_000;
@@ -192,6 +193,37 @@ fn waiters_take_over_when_nothing_fails() {
     verdict(&histories, 1, true).unwrap();
     let median = hand_over_us(&histories).expect("somebody waited");
     println!("hand-over of a lock: median {median} µs");
+}
+
+#[test]
+fn fifty_connections_take_and_release_free_locks() {
+    let rounds = size("GOFLOW_LOCK_ROUNDS", 40);
+    let fleet = Fleet::start_plain(1, 1, &[]);
+    let (proxy, shard) = (fleet.proxies[0].id(), fleet.shards[0].id());
+    let mut wires: Vec<_> = (0..50).map(|_| fleet.proxies[0].wire()).collect();
+    let before = (cpu_ms(proxy), cpu_ms(shard));
+    std::thread::scope(|scope| {
+        for (number, wire) in wires.iter_mut().enumerate() {
+            scope.spawn(move || {
+                let name = format!("free-{number}");
+                for round in 1..=rounds {
+                    let granted = wire.call(&["GOFLOW.LOCK", "ACQUIRE", &name, "60000"]);
+                    assert_eq!(granted.items()[1].integer(), round as i64);
+                    let token = granted.items()[0].text();
+                    assert_eq!(wire.call(&["GOFLOW.LOCK", "RELEASE", &name, &token]).integer(), 1);
+                }
+            });
+        }
+    });
+    let commands = (2 * 50 * rounds) as f64;
+    let each = |before: u64, after: u64| (after - before) as f64 * 1_000.0 / commands;
+    let (of_proxy, of_shard) = (each(before.0, cpu_ms(proxy)), each(before.1, cpu_ms(shard)));
+    println!(
+        "{commands} commands on 50 connections: {of_proxy:.1} µs of the proxy and {of_shard:.1} µs of Redis for each"
+    );
+    if std::env::var_os("GOFLOW_LOCK_BOUNDS").is_some() {
+        assert!(of_proxy <= 8.0 && of_shard <= 5.0, "{of_proxy} and {of_shard} µs");
+    }
 }
 
 #[test]

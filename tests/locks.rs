@@ -19,7 +19,7 @@ use crate::support::goflow::Goflow;
 use crate::support::patience;
 use crate::support::process::{Process, Program};
 use crate::support::scratch;
-use crate::support::servers::{Flavour, Server};
+use crate::support::servers::{Flavour, Sentinels, Server};
 use crate::support::wire::{Value, Wire};
 
 fn size(variable: &str, small: usize) -> usize {
@@ -236,6 +236,32 @@ fn the_end_of_a_connection_gives_back_what_is_bound_to_it_and_nothing_else() {
     other.say("GOFLOW.SEM ACQUIRE c 1 600000 WAIT 600000").text();
     assert_eq!(other.call(&["GOFLOW.LOCK", "RENEW", "a", &own, "600000"]), Value::Integer(1));
     assert_eq!(other.call(&["GOFLOW.LOCK", "RELEASE", "b", &kept]), Value::Integer(1), "any connection may release");
+}
+
+#[test]
+fn a_lock_and_its_fences_go_over_to_a_replica_that_has_them() {
+    let mut trio = Sentinels::start(Flavour::Redis7, 1);
+    let mut goflow = Goflow::start(&["--shard", &format!("s1={}", trio.url())]);
+    goflow.expect_log("shard");
+    let mut wire = goflow.wire();
+    for _ in 0..5 {
+        let (token, _) = grant(&wire.say("GOFLOW.LOCK ACQUIRE ha 600000"));
+        assert_eq!(wire.call(&["GOFLOW.LOCK", "RELEASE", "ha", &token]), Value::Integer(1));
+    }
+    let (token, fence) = grant(&wire.say("GOFLOW.LOCK ACQUIRE ha 600000"));
+    assert_eq!(fence, 6);
+    let copied =
+        |trio: &Sentinels| trio.replicas[0].wire().say("HGET goflow:{ha}:lock fence") == Value::Bulk("6".into());
+    eventually!("the replica has the grant", copied(&trio).then_some(()));
+    trio.master.kill();
+    let renewed = eventually!("the replica took over", {
+        let answer = wire.call(&["GOFLOW.LOCK", "RENEW", "ha", &token, "600000"]);
+        (!answer.is_error("SHARDDOWN")).then_some(answer)
+    });
+    assert_eq!(renewed, Value::Integer(1), "its holder still has it");
+    assert_eq!(wire.say("GOFLOW.LOCK ACQUIRE ha 600000"), Value::Null);
+    assert_eq!(wire.call(&["GOFLOW.LOCK", "RELEASE", "ha", &token]), Value::Integer(1));
+    assert_eq!(grant(&wire.say("GOFLOW.LOCK ACQUIRE ha 600000")).1, 7);
 }
 
 #[test]

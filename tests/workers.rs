@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use crate::eventually;
 use crate::support::fleet::Fleet;
 use crate::support::goflow::Goflow;
-use crate::support::process::{Process, Program, venv};
+use crate::support::process::{Process, Program, cpu_ms, venv};
 use crate::support::servers::{Flavour, Server};
 use crate::support::wire::{Value, Wire};
 use crate::support::{scratch, size};
@@ -293,14 +293,6 @@ fn workers_are_shown_with_what_they_hold() {
     assert_eq!(looker.say("GOFLOW.WORKERS main OFFSET 1 COUNT 1").items().len(), 1);
     assert_eq!(looker.say("GOFLOW.WORKERS nothing").items().len(), 3, "who is connected is shown");
     assert!(looker.say("GOFLOW.WORKERS main COUNT 1001").is_error("ERR"));
-}
-
-/// CPU time that a process has used, in milliseconds.
-fn cpu_ms(pid: u32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
-    // In hundredths of a second: user and system.
-    (fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()) * 10
 }
 
 /// Scripts that a server was asked to run.
