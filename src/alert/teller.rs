@@ -12,7 +12,7 @@
 //! marks to be paid later ([`Channel::owed`]), and nobody waits for it. Groups whose deaths all were told on every channel
 //! leave the outbox when they have been quiet for the rule's interval, so that the next death of the kind is news again.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -135,6 +135,9 @@ struct Teller {
     /// Where notes are kept while we lead.
     home: Option<Arc<Lane>>,
     is_leading: bool,
+    /// When the role was last given or refused.
+    led_at: Instant,
+    down_since: HashMap<Arc<str>, Instant>,
     /// Shards whose notes were read since we lead.
     loaded: HashSet<Arc<str>>,
     channels: Vec<Channel>,
@@ -205,8 +208,14 @@ pub async fn channel_notes(lane: &Lane) -> Result<Vec<(String, ChannelNote)>> {
     Ok(notes.filter_map(|(name, note)| Some((name, serde_json::from_slice(&note).ok()?))).collect())
 }
 
-/// The name of a message's note; no rule or sink has this mark in its name.
-fn flight_name(channel: &str, message: &Message) -> String {
+/// The note of what a channel is about to send; the next message takes its place, so that what was given up cannot come
+/// back. No rule or sink has this mark in its name.
+fn flight_name(channel: &str) -> String {
+    format!("{channel}#")
+}
+
+/// The note of a message that was taken and is not marked everywhere.
+fn owed_name(channel: &str, message: &Message) -> String {
     format!("{channel}#{}", message.id)
 }
 
@@ -263,6 +272,8 @@ impl Teller {
             holder,
             home: None,
             is_leading: false,
+            led_at: Instant::now(),
+            down_since: HashMap::new(),
             loaded: HashSet::new(),
             channels: Vec::new(),
             sends: JoinSet::new(),
@@ -271,15 +282,30 @@ impl Teller {
 
     /// Whether we are the one that tells. Where no shard answers, whoever was it stays it: somebody must say so.
     async fn lead(&mut self) -> bool {
-        for lane in self.dispatcher.map().lanes.iter().filter(|lane| !lane.is_down()) {
+        let map = self.dispatcher.map();
+        self.down_since.retain(|name, _| map.lane(name).is_some_and(|lane| lane.is_down()));
+        for lane in &map.lanes {
+            if lane.is_down() {
+                let since = *self.down_since.entry(lane.name().clone()).or_insert_with(Instant::now);
+                // Whoever had the role there may have it until then.
+                if since.elapsed() < Duration::from_millis(LEAD_MS) {
+                    self.home = None;
+                    return self.is_leading;
+                }
+                continue;
+            }
             let asked = tokio::time::timeout(SHARD_WAIT, lane.shard().lead(ROLE, &self.holder, LEAD_MS));
             if let Ok(Ok(leads)) = asked.await {
                 if leads && !self.is_leading {
                     self.begin();
                 }
                 self.home = leads.then(|| lane.clone());
+                self.led_at = Instant::now();
                 return leads;
             }
+            // Slow, and not down: another may have the role there, so none is asked for elsewhere.
+            self.home = None;
+            return self.is_leading && self.led_at.elapsed() < Duration::from_millis(LEAD_MS);
         }
         self.home = None;
         self.is_leading
@@ -491,7 +517,7 @@ impl Teller {
                 channel.note.failed_at = now;
                 channel.note.last_error = why;
                 if !maybe_taken && let Some(flight) = channel.flights.pop_front() {
-                    let name = flight_name(&channel.name, &flight.message);
+                    let name = flight_name(&channel.name);
                     self.keep_note(flight.home.as_ref(), &name, None).await;
                 }
             }
@@ -507,8 +533,9 @@ impl Teller {
             let mut kept = Vec::new();
             for mut flight in owed.drain(..) {
                 flight.message.parts = mark(&name, std::mem::take(&mut flight.message.parts), lanes).await;
-                let note = flight_name(&name, &flight.message);
+                let (first, note) = (flight_name(&name), owed_name(&name, &flight.message));
                 if flight.message.parts.is_empty() {
+                    let note = if flight.is_noted_as_accepted { note } else { first };
                     self.keep_note(flight.home.as_ref(), &note, None).await;
                     continue;
                 }
@@ -516,13 +543,16 @@ impl Teller {
                     let text = serde_json::to_vec(&FlightNote { message: flight.message.clone(), accepted: true });
                     flight.is_noted_as_accepted =
                         self.keep_note(flight.home.as_ref(), &note, text.ok().map(Bytes::from)).await;
+                    if flight.is_noted_as_accepted {
+                        self.keep_note(flight.home.as_ref(), &first, None).await;
+                    }
                 }
                 kept.push(flight);
             }
             if kept.len() > OWED_MAX {
                 // What is given up here is told again when its shard is back.
                 let flight = kept.remove(0);
-                self.keep_note(flight.home.as_ref(), &flight_name(&name, &flight.message), None).await;
+                self.keep_note(flight.home.as_ref(), &owed_name(&name, &flight.message), None).await;
             }
             self.channels[number].owed = kept;
         }
@@ -563,7 +593,7 @@ impl Teller {
             let Some(message) = views.and_then(|views| self.compose(number, views)) else { return };
             let home = self.home_name();
             let note = FlightNote { message, accepted: false };
-            let name = flight_name(&self.channels[number].name, &note.message);
+            let name = flight_name(&self.channels[number].name);
             let text = serde_json::to_vec(&note).ok().map(Bytes::from);
             let is_noted = self.keep_note(home.as_ref(), &name, text).await;
             // That a shard is down must be said even where no shard is left to write it down on.
@@ -585,6 +615,10 @@ impl Teller {
     fn compose(&self, number: usize, views: &[View]) -> Option<Message> {
         let channel = &self.channels[number];
         let rule = &self.alerts.rules[channel.rule];
+        // Its note would take the place of one that is still needed.
+        if channel.owed.iter().any(|flight| !flight.is_noted_as_accepted) {
+            return None;
+        }
         let changes = changes(&self.watch.firing[channel.rule], &channel.note.firing);
         let mut is_news = !changes.is_empty();
         let (mut found, mut parts) = (Vec::new(), Vec::new());
