@@ -5,16 +5,17 @@
 //! ([`Answer::Later`]) also holds back the requests behind it, as a blocking command does in Redis.
 
 pub mod durable;
+mod homes;
 
 use std::future::Future;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context as TaskContext, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use durable::Popped;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::clock::Millis;
 use crate::command::{Acquire, Dequeue, Enqueue, JobAddress, Merge, Plan, Render, Route, job, lock};
@@ -22,11 +23,11 @@ use crate::dispatch::bound::Binding;
 use crate::dispatch::lane::{Hold, Lane, Leased, new_tokens};
 use crate::dispatch::turnstile::{self, Claim, Wanted};
 use crate::dispatch::waiting::Ticket;
-use crate::dispatch::{Dispatcher, ShardMap};
+use crate::dispatch::{Dispatcher, ShardMap, no_shard};
 use crate::error::{Code, Error, Happened, Result};
 use crate::forward::park::GiveBack;
 use crate::forward::{Forwarded, Started};
-use crate::job::{JobRef, Lease, Name, format_id, group_home};
+use crate::job::{JobRef, Lease, Name, format_id};
 use crate::resp::reply::{Protocol, Reply, put_header};
 use crate::shard::{Action, Deed, Keyed, Op, Outcome, Placed};
 
@@ -144,6 +145,13 @@ pub enum Answer {
         outcome: oneshot::Receiver<Result<Outcome>>,
         shape: Shape,
     },
+    /// A job with an id or a unique key on its way to its home; requests behind it go on.
+    Keyed {
+        outcome: oneshot::Receiver<Result<Outcome>>,
+        keyed: homes::Keyed,
+        shard: Arc<str>,
+        dispatcher: Arc<Dispatcher>,
+    },
     /// One lease in one lane; requests behind it go on.
     Lease {
         leased: oneshot::Receiver<Result<Leased>>,
@@ -180,6 +188,7 @@ impl Shape {
             (_, Outcome::Full(_)) => Err(queue_full()),
             (_, Outcome::LeaseLost) => Err(lease_lost()),
             (_, Outcome::NoSuchJob) => Err(no_such_job()),
+            (_, Outcome::OnItsWay) => Err(on_its_way()),
             (Shape::Placed { shard, id, nx }, Outcome::Enqueued(placed)) => {
                 placed.into_iter().next().map_or(Ok(Reply::Null), |placed| placed_id(placed, id.clone(), shard, *nx))
             }
@@ -202,6 +211,10 @@ fn no_such_job() -> Error {
     Error::new(Code::NoSuchJob, "no job is known by this receipt")
 }
 
+fn on_its_way() -> Error {
+    Error::new(Code::Overloaded, "the job is on its way to another shard; nothing was done")
+}
+
 fn unexpected(outcome: &Outcome) -> Error {
     tracing::error!(?outcome, "a shard answered with an outcome of another operation");
     Error { code: Code::Err, text: "the shard gave an unexpected answer".into(), happened: Happened::Maybe }
@@ -220,6 +233,9 @@ fn placed_id(placed: Placed, id: Option<Bytes>, shard: &str, nx: bool) -> Result
     let (seq, chosen, held) = match placed {
         Placed::Added(seq) => (seq, id, false),
         Placed::Held { seq, chosen } => (seq, chosen, true),
+        Placed::Outdated => {
+            return Err(Error::new(Code::Overloaded, "the shard map is changing; nothing was done"));
+        }
     };
     let id = chosen.unwrap_or_else(|| {
         let mut id = BytesMut::with_capacity(16 + shard.len());
@@ -250,6 +266,18 @@ impl Answer {
     pub fn poll(&mut self, context: &mut TaskContext<'_>) -> Poll<Done> {
         match self {
             Answer::Done(done) => Poll::Ready(std::mem::replace(done, Done::Reply(Reply::Nothing))),
+            Answer::Keyed { outcome, keyed, shard, dispatcher } => {
+                let outcome = ready!(Pin::new(outcome).poll(context)).unwrap_or_else(|_| Err(lane_gone()));
+                match homes::read(outcome, keyed, shard) {
+                    Some(reply) => Poll::Ready(reply.into()),
+                    None => {
+                        let mut later = homes::again(keyed.clone(), dispatcher.clone());
+                        let answer = later.as_mut().poll(context);
+                        *self = Answer::Later(later);
+                        answer
+                    }
+                }
+            }
             Answer::Outcome { outcome, shape } => {
                 let outcome = ready!(Pin::new(outcome).poll(context)).unwrap_or_else(|_| Err(lane_gone()));
                 Poll::Ready(outcome.and_then(|outcome| shape.reply(outcome)).into())
@@ -329,9 +357,12 @@ async fn ask(lane: &Lane, op: Op, asker: Asker) -> Result<Outcome> {
 fn start_enqueue(enqueue: Enqueue, dispatcher: &Arc<Dispatcher>, asker: Asker) -> Result<Answer> {
     let Enqueue { queue, policy, payloads, start, shard, nx, many } = enqueue;
     let lane = match (&shard, &policy.id, &policy.unique) {
-        _ if let Some((group, _)) = &policy.group => dispatcher.map().home(&group_home(&queue, group)).clone(),
-        (Some(name), _, _) => dispatcher.lane(name)?,
-        (None, Some(key), _) | (None, None, Some((key, _))) => dispatcher.map().home(key).clone(),
+        _ if let Some((group, _)) = &policy.group => dispatcher.map().home_of_group(&queue, group).clone(),
+        (_, Some(_), _) | (_, _, Some(_)) => {
+            let op = Op { queue, action: Action::Enqueue { policy, payloads, start } };
+            return Ok(homes::enqueue(homes::Keyed { op, nx, asker }, dispatcher));
+        }
+        (Some(name), None, None) => dispatcher.lane(name)?,
         (None, None, None) if many => {
             let chunks = spread(&queue, payloads, dispatcher)?;
             let submitted = chunks.into_iter().map(|(lane, payloads)| {
@@ -343,12 +374,12 @@ fn start_enqueue(enqueue: Enqueue, dispatcher: &Arc<Dispatcher>, asker: Asker) -
         }
         (None, None, None) => dispatcher.place(&queue)?,
     };
-    let (count, id) = (payloads.len(), policy.id.clone());
+    let count = payloads.len();
     let op = Op { queue, action: Action::Enqueue { policy, payloads, start } };
     if many {
         return Ok(start_enqueue_many(vec![(lane, op, count)], asker));
     }
-    let shape = Shape::Placed { shard: lane.name().clone(), id, nx };
+    let shape = Shape::Placed { shard: lane.name().clone(), id: None, nx };
     Ok(submit(&lane, op, shape, asker))
 }
 
@@ -431,7 +462,7 @@ fn start_dequeue(dequeue: Dequeue, dispatcher: &Arc<Dispatcher>, asker: Asker) -
     // What is down is asked last, and only where the others have nothing.
     lanes.sort_by_key(|lane| lane.is_down());
     let waits = dequeue.block_ms.is_some();
-    let later: Later = Box::pin(take(dequeue, lanes, asker));
+    let later: Later = Box::pin(take(dequeue, lanes, dispatcher.clone(), asker));
     Ok(if waits { Answer::Waiting(later) } else { Answer::Later(later) })
 }
 
@@ -442,7 +473,7 @@ fn lease_op(queue: &Name, dequeue: &Dequeue, count: usize) -> Op {
 }
 
 /// A DEQUEUE over several queues or shards, or one that waits.
-async fn take(dequeue: Dequeue, lanes: Vec<Arc<Lane>>, asker: Asker) -> Done {
+async fn take(dequeue: Dequeue, mut lanes: Vec<Arc<Lane>>, dispatcher: Arc<Dispatcher>, asker: Asker) -> Done {
     let many = dequeue.count.is_some();
     let waits = dequeue.block_ms.is_some();
     // One queue and a wait: the lanes' tickets ask every shard anyway. Several queues have an order to keep.
@@ -459,11 +490,42 @@ async fn take(dequeue: Dequeue, lanes: Vec<Arc<Lane>>, asker: Asker) -> Done {
     let Some(block_ms) = dequeue.block_ms else { return nothing() };
     let block_ms = if block_ms == 0 { asker.block_ms_max } else { block_ms.min(asker.block_ms_max) };
     let count = dequeue.count.unwrap_or(1);
-    let mut waiter = Ticket::park(dequeue.queues, lanes, count, dequeue.lease_ms, dequeue.worker);
-    match tokio::time::timeout(Duration::from_millis(block_ms), waiter.jobs()).await {
-        Ok(Some(leased)) => deliver_groups(vec![leased], many),
-        Ok(None) => Done::Reply(lane_gone().into()),
-        Err(_) => nothing(),
+    let mut over = pin!(tokio::time::sleep(Duration::from_millis(block_ms)));
+    let mut changes = dispatcher.changes();
+    loop {
+        let (queues, worker) = (dequeue.queues.clone(), dequeue.worker.clone());
+        let mut waiter = Ticket::park(queues, lanes.clone(), count, dequeue.lease_ms, worker);
+        lanes = tokio::select! {
+            biased;
+            leased = waiter.jobs() => {
+                return leased.map_or_else(|| Done::Reply(lane_gone().into()), |leased| deliver_groups(vec![leased], many));
+            }
+            () = &mut over => return nothing(),
+            changed = other_lanes(&mut changes, &dequeue, &lanes, &dispatcher) => match changed {
+                Ok(lanes) => lanes,
+                Err(error) => return Done::Reply(error.into()),
+            },
+        };
+    }
+}
+
+/// Waits for a shard map with other shards than these: a shard that was added serves who waited before, too.
+async fn other_lanes(
+    changes: &mut watch::Receiver<u64>,
+    dequeue: &Dequeue,
+    lanes: &[Arc<Lane>],
+    dispatcher: &Dispatcher,
+) -> Result<Vec<Arc<Lane>>> {
+    loop {
+        let now = lanes_of(dequeue, &dispatcher.map())?;
+        let is_among =
+            |lane: &Arc<Lane>, others: &[Arc<Lane>]| others.iter().any(|other| other.index() == lane.index());
+        if now.len() != lanes.len() || !now.iter().all(|lane| is_among(lane, lanes)) {
+            return Ok(now);
+        }
+        if changes.changed().await.is_err() {
+            return std::future::pending().await;
+        }
     }
 }
 
@@ -516,6 +578,8 @@ fn start_ack(
             Some((_, leases)) => leases.push(lease),
             None => match map.lane(&shard) {
                 Some(lane) => groups.push((lane.clone(), vec![lease])),
+                // Nothing that was leased there could leave it.
+                None if map.was_left(&shard) => {}
                 None => return Err(Error::bad(format!("no shard is named '{shard}' here"))),
             },
         }
@@ -531,15 +595,25 @@ fn start_ack(
 }
 
 fn start_op(route: Route, op: Op, render: Render, dispatcher: &Arc<Dispatcher>, asker: Asker) -> Result<Answer> {
-    let lane = lane_of(&route, dispatcher)?;
+    if let Some(places) = homes::places_of(&route, &op.action, &dispatcher.map())? {
+        return Ok(homes::look(places, op, render, asker));
+    }
+    let lane = match &op.action {
+        Action::Keyed { .. } => dispatcher.map().lane_of_lock(op.queue.as_str()).clone(),
+        _ => lane_of(&route, dispatcher)?,
+    };
     let shape = Shape::Render { render, queue: op.queue.clone(), shard: lane.name().clone() };
     Ok(submit(&lane, op, shape, asker))
 }
 
 fn start_acquire(acquire: Acquire, dispatcher: &Dispatcher, asker: Asker) -> Answer {
     let Acquire { kind, name, limit, ttl_ms, owner, wait_ms, bind } = acquire;
-    let lane = dispatcher.map().home(name.as_str().as_bytes()).clone();
-    let wanted = Wanted { kind, name, limit, ttl_ms, owner, wait_ms, bind };
+    let map = dispatcher.map();
+    let lane = match map.home_of_lock(name.as_str()) {
+        Ok(lane) => lane.clone(),
+        Err(error) => return Answer::reply(error.into()),
+    };
+    let wanted = Wanted { kind, name, limit, ttl_ms, owner, wait_ms, bind, moved_in: map.layout.locks_since };
     let later: Later = Box::pin(async move {
         match (turnstile::acquire(lane, wanted, asker.session).await, kind) {
             (Err(error), _) => Done::Reply(error.into()),
@@ -559,7 +633,7 @@ fn start_acquire(acquire: Acquire, dispatcher: &Dispatcher, asker: Asker) -> Ans
 }
 
 fn start_show(kind: Keyed, name: Name, show: lock::Show, dispatcher: &Dispatcher, asker: Asker) -> Answer {
-    let lane = dispatcher.map().home(name.as_str().as_bytes()).clone();
+    let lane = dispatcher.map().lane_of_lock(name.as_str()).clone();
     let op = Op { queue: name.clone(), action: Action::Keyed { kind, deed: Deed::Show } };
     Answer::Later(Box::pin(async move {
         Done::Reply(match ask(&lane, op, asker).await {
@@ -571,9 +645,13 @@ fn start_show(kind: Keyed, name: Name, show: lock::Show, dispatcher: &Dispatcher
 }
 
 fn lane_of(route: &Route, dispatcher: &Dispatcher) -> Result<Arc<Lane>> {
+    lane_in(route, &dispatcher.map())
+}
+
+fn lane_in(route: &Route, map: &ShardMap) -> Result<Arc<Lane>> {
     match route {
-        Route::Shard(name) => dispatcher.lane(name),
-        Route::Key(key) => Ok(dispatcher.map().home(key).clone()),
+        Route::Shard(name) => map.lane(name).cloned().ok_or_else(|| no_shard(name)),
+        Route::Key(key) => Ok(map.home(key).clone()),
     }
 }
 
@@ -584,6 +662,10 @@ fn start_jobs(
     dispatcher: &Arc<Dispatcher>,
     asker: Asker,
 ) -> Answer {
+    let map = dispatcher.map();
+    if jobs.iter().any(|address| homes::may_be_elsewhere(&address.route, &map)) {
+        return homes::count_each(queue, jobs, action, map, asker);
+    }
     let mut groups: Vec<(Arc<Lane>, Vec<JobRef>)> = Vec::new();
     for address in jobs {
         match lane_of(&address.route, dispatcher) {

@@ -230,6 +230,9 @@ pub struct Policy {
     /// The job is leased only while fewer jobs of this group than so many have a turn; in order when it is 1.
     pub group: Option<(Bytes, u32)>,
     pub meta: Vec<(Bytes, Bytes)>,
+    /// The version of the shard map in which the homes moved last, as whoever placed the job by its `id` or `unique` knew
+    /// it. No part of what is kept.
+    pub homes_since: u64,
 }
 
 impl Default for Policy {
@@ -245,6 +248,7 @@ impl Default for Policy {
             unique: None,
             group: None,
             meta: Vec::new(),
+            homes_since: 0,
         }
     }
 }
@@ -420,6 +424,29 @@ pub struct JobView {
     pub result: Bytes,
     pub progress: Option<u8>,
     pub progress_text: Bytes,
+}
+
+impl JobView {
+    /// Ready, in no group, and nothing has ever happened to it.
+    pub fn is_fresh(&self) -> bool {
+        self.state == JobState::Ready
+            && self.spec.policy.group.is_none()
+            && self.attempt <= 1
+            && (self.lapses, self.redrives, self.started_at) == (0, 0, None)
+            && [&self.worker, &self.error, &self.trace, &self.progress_text].iter().all(|text| text.is_empty())
+            && self.progress.is_none()
+    }
+
+    /// Until when it holds its unique key, should it still; 0 is without end. `None`: it holds none any more.
+    pub fn unique_until(&self, now: UnixMs) -> Option<UnixMs> {
+        let (_, span) = self.spec.policy.unique.as_ref().filter(|_| self.state != JobState::Dead)?;
+        // A redrive takes the key anew, at a time that nobody has kept.
+        let from = if self.redrives > 0 { now } else { self.enqueued_at };
+        match span {
+            0 => Some(0),
+            span => Some(from.saturating_add(*span)).filter(|until| *until > now),
+        }
+    }
 }
 
 /// One job handed to one worker.

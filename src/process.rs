@@ -1,31 +1,37 @@
 //! What all sessions of the process share, and the answers that the process gives about itself.
 
+mod map;
+pub mod settings;
+
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use crate::alert::SharedAlerts;
 use crate::clients::Clients;
 use crate::clock;
+use crate::command::Ask;
 use crate::command::admin::Totals;
-use crate::command::{Ask, Limits, limit};
+use crate::command::limit;
 use crate::dispatch::bound::Workers;
+use crate::dispatch::keeper::Keeper;
+use crate::dispatch::layout::Standing;
 use crate::dispatch::{Dispatcher, limits};
 use crate::error::{Code, Error, Result};
 use crate::execute::Answer;
-use crate::execute::durable::Rule;
 use crate::forward::Forwarding;
 use crate::job::Name;
 use crate::metrics::Metrics;
 use crate::resp::glob;
 use crate::resp::reply::{Protocol, Reply};
-use crate::resp::request::Bounds;
 use crate::shard::{Action, Op, Outcome, QueueLimits};
 
 pub mod slowlog;
 mod workers;
+
+use settings::{Reread, Settings};
 
 /// The version of Redis whose commands and replies clients may expect here.
 pub const REDIS_VERSION: &str = "7.2.0";
@@ -76,27 +82,22 @@ pub fn same(a: &[u8], b: &[u8]) -> bool {
 pub struct Process {
     pub dispatcher: Arc<Dispatcher>,
     pub alerts: SharedAlerts,
+    pub keeper: Arc<Keeper>,
     pub forwarding: Arc<Forwarding>,
-    /// Which lists are queues.
-    pub lists: Vec<Rule>,
-    pub limits: Arc<Limits>,
-    pub bounds: Bounds,
-    pub auth: Auth,
+    pub settings: RwLock<Arc<Settings>>,
+    pub settings_version: AtomicU64,
+    pub reread: Reread,
     pub clients: Clients,
     /// The worker sessions of its connections.
     pub workers: Arc<Workers>,
     pub started_at: Instant,
     pub listen_port: u16,
-    /// What `CONFIG GET` shows: names and values of the settings.
-    pub settings: Vec<(String, String)>,
     /// The process is about to end: waits are cut short and connections closed when their answers are out.
     pub draining: AtomicBool,
     pub bytes_in: AtomicU64,
     pub bytes_out: AtomicU64,
     pub metrics: Arc<Metrics>,
     pub pulse: Pulse,
-    /// A command that takes longer, waits apart, goes to the slow log.
-    pub slow: Duration,
     pub slowlog: slowlog::Slowlog,
     /// Clients are served; before that the process starts.
     pub serving: AtomicBool,
@@ -169,10 +170,11 @@ impl Process {
         metrics.clients_blocked.set(self.clients.blocked() as i64);
         metrics.workers_active.set(self.clients.workers() as i64);
         metrics.draining.set(i64::from(self.draining.load(Ordering::Relaxed)));
-        for lane in &self.dispatcher.map().lanes {
+        let map = self.dispatcher.map();
+        for (at, lane) in map.lanes.iter().enumerate() {
             let shard = metrics.shard(lane.name());
             shard.up.set(i64::from(!lane.is_down()));
-            shard.draining.set(i64::from(lane.is_draining()));
+            shard.draining.set(i64::from(map.standing(at) != Standing::Open));
             shard.sampled.set(i64::from(metrics.shows(lane.name())));
         }
     }
@@ -203,7 +205,21 @@ impl Process {
                 }))
             }
             Ask::Shards => Answer::reply(self.shards()),
-            Ask::Drain { shard, draining } => Answer::Done(self.drain(&shard, draining).into()),
+            Ask::Map(order) => {
+                let process = self.clone();
+                // On its own: a client that goes away does not leave an order half done.
+                let ordered = tokio::spawn(async move { process.change_map(order).await });
+                Answer::Later(Box::pin(async move {
+                    ordered.await.unwrap_or_else(|_| Err(Error::bad("the order was cut short"))).into()
+                }))
+            }
+            Ask::Reload => {
+                let process = self.clone();
+                let ordered = tokio::spawn(async move { process.reload().await });
+                Answer::Later(Box::pin(async move {
+                    ordered.await.unwrap_or_else(|_| Err(Error::bad("the order was cut short"))).into()
+                }))
+            }
             Ask::Info { sections } => Answer::reply(Reply::bulk(self.info(&sections))),
             Ask::Config { patterns } => Answer::reply(self.config(&patterns)),
             Ask::Slow { count } => Answer::reply(self.slowlog.get(count)),
@@ -281,43 +297,33 @@ impl Process {
 
     fn shards(&self) -> Reply {
         let map = self.dispatcher.map();
-        let shards = map.lanes.iter().map(|lane| {
-            let state = match (lane.is_down(), lane.is_draining()) {
-                (true, _) => "down",
-                (false, true) => "draining",
-                (false, false) => "up",
+        let shards = map.lanes.iter().enumerate().map(|(at, lane)| {
+            let state = match map.standing(at) {
+                _ if lane.is_down() => "down",
+                Standing::Open => "up",
+                standing => standing.word(),
             };
             let vitals = &lane.vitals;
             let last_error = lane.last_error().map_or(Reply::Null, |error| Reply::bulk(error.to_string()));
-            let fields = vec![
+            let mut fields = vec![
                 (Reply::text("name"), Reply::bulk(&**lane.name())),
                 (Reply::text("state"), Reply::text(state)),
-                (Reply::text("weight"), Reply::Integer(i64::from(map.weight(lane.index())))),
+                (Reply::text("weight"), Reply::Integer(i64::from(map.weight(at)))),
                 (Reply::text("depth"), Reply::count(lane.depth())),
                 (Reply::text("latency_us"), Reply::count(vitals.latency_us.load(Ordering::Relaxed))),
                 (Reply::text("batches"), Reply::count(vitals.batches.load(Ordering::Relaxed))),
                 (Reply::text("ops"), Reply::count(vitals.ops.load(Ordering::Relaxed))),
                 (Reply::text("errors"), Reply::count(vitals.errors.load(Ordering::Relaxed))),
                 (Reply::text("last_error"), last_error),
-                (Reply::text("map_version"), Reply::count(map.version)),
+                (Reply::text("map_version"), Reply::count(map.version())),
             ];
+            let journey = self.dispatcher.journal.get(lane.name()).map(|progress| *progress);
+            let known = |number: Option<u64>| number.map_or(Reply::Null, Reply::count);
+            fields.push((Reply::text("moved"), known(journey.map(|progress| progress.moved))));
+            fields.push((Reply::text("to_move"), known(journey.map(|progress| progress.left))));
             (Reply::bulk(&**lane.name()), Reply::Map(fields))
         });
         Reply::Map(shards.collect())
-    }
-
-    fn drain(&self, shard: &str, draining: bool) -> Result<Reply> {
-        let lane = self.dispatcher.lane(shard)?;
-        let others =
-            self.dispatcher.map().lanes.iter().any(|other| other.index() != lane.index() && !other.is_draining());
-        if draining && !others {
-            return Err(Error::new(
-                Code::Err,
-                "this is the last shard that takes new jobs; undrain or add another first",
-            ));
-        }
-        lane.set_draining(draining);
-        Ok(Reply::OK)
     }
 
     fn config(&self, patterns: &[bytes::Bytes]) -> Reply {
@@ -331,12 +337,13 @@ impl Process {
             ("replica-read-only", "yes"),
             ("slave-read-only", "yes"),
         ];
-        let limit = self.bounds.word_bytes_max.to_string();
+        let settings = self.settings();
+        let limit = settings.bounds.word_bytes_max.to_string();
         let known = fixed
             .iter()
             .copied()
             .chain([("proto-max-bulk-len", limit.as_str())])
-            .chain(self.settings.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+            .chain(settings.shown.iter().map(|(name, value)| (name.as_str(), value.as_str())));
         let matching = known.filter(|(name, _)| patterns.iter().any(|pattern| names(pattern, name.as_bytes())));
         Reply::Map(matching.map(|(name, value)| (Reply::bulk(name), Reply::bulk(value))).collect())
     }
@@ -398,7 +405,7 @@ impl Process {
             &[
                 ("goflow_version", env!("CARGO_PKG_VERSION").into()),
                 ("strategy", self.dispatcher.strategy().word().into()),
-                ("map_version", map.version.to_string()),
+                ("map_version", map.version().to_string()),
                 ("shards", map.lanes.len().to_string()),
                 ("shards_down", map.lanes.iter().filter(|lane| lane.is_down()).count().to_string()),
             ],

@@ -1,15 +1,15 @@
 //! Wires the process together and runs it: threads, listeners, lanes, signals, and the end.
 //!
 //! Each thread has a runtime, a listener (`SO_REUSEPORT`) and its sessions of its own; lane `i` runs on thread `i mod n`.
-//! Order of the start: shards are asked for their stamps (one that refuses ends the start, one that is down does not),
+//! Order of the start: the map is found, shards are asked for their stamps (one that refuses ends the start, one that is down does not),
 //! sockets are bound, HTTP says that we start, lanes run, sockets listen and are announced. Order of the end, on SIGTERM or SIGINT: no further
 //! connection is accepted, waiting clients are answered, replies are finished and connections closed, lanes run empty;
 //! what is left after the drain time is cut off. A second signal ends at once.
 
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -21,18 +21,19 @@ use tokio::sync::watch;
 
 use crate::alert::{Alerts, teller};
 use crate::clients::Clients;
-use crate::command::{self, Limits, ordinary};
+use crate::command::{self, ordinary};
 use crate::dispatch::bound::{Terms, Workers};
+use crate::dispatch::keeper::{Beginning, Keeper, Open};
 use crate::dispatch::lane::Lane;
+use crate::dispatch::layout::Layout;
 use crate::dispatch::router::Strategy;
-use crate::dispatch::{Dispatcher, MapStamp, ShardEntry, limits, sampler};
+use crate::dispatch::{Dispatcher, limits, mover, sampler};
 use crate::error::{Code, Error};
-use crate::execute::durable::Rule;
 use crate::forward::Forwarding;
 use crate::http;
 use crate::metrics::Metrics;
-use crate::process::{Auth, Process, Pulse};
-use crate::resp::request::Bounds;
+use crate::process::settings::{Reread, Settings};
+use crate::process::{Process, Pulse};
 use crate::session;
 
 /// Pending connections of one listener.
@@ -46,28 +47,24 @@ pub struct Setup {
     /// Where metrics, health and the HTTP API are, if anywhere.
     pub http: Option<SocketAddr>,
     pub threads: usize,
-    pub connections_max: usize,
     /// `None`: the kernel's own.
     pub keepalive: Option<Duration>,
     pub drain: Duration,
     /// How long worker sessions last.
     pub sessions: Terms,
-    pub shards: Vec<ShardEntry>,
-    pub map: MapStamp,
+    pub deployment: String,
+    /// The shard map of the configuration.
+    pub layout: Layout,
+    pub open: Arc<dyn Open>,
     pub strategy: Strategy,
-    pub limits: Limits,
-    pub bounds: Bounds,
-    pub auth: Auth,
-    pub settings: Vec<(String, String)>,
-    pub slow: Duration,
+    pub settings: Settings,
+    pub reread: Reread,
     /// Ordinary commands, upper case, that pass although they are refused otherwise.
     pub allowed: Vec<String>,
     /// Most bytes of one reply, and of those that wait for one client.
     pub output_bytes_max: usize,
     /// Groups of key patterns; the keys of a group live on one shard.
     pub together: Vec<Vec<String>>,
-    /// Which lists are queues.
-    pub lists: Vec<Rule>,
     /// Paths whose deliveries become jobs.
     pub webhooks: Vec<http::webhook::Hook>,
     pub alerts: Alerts,
@@ -80,27 +77,49 @@ pub fn serve(setup: Setup) -> io::Result<()> {
     let http_listener = setup.http.map(http::bind).transpose()?;
     let names = command::rows().iter().map(|row| row.spec.name).chain(ordinary::ROWS.iter().map(|row| row.name));
     let metrics = Arc::new(Metrics::new(names).map_err(io::Error::other)?);
-    let dispatcher = Dispatcher::new(setup.shards, setup.map, setup.strategy);
-    let dispatcher = Arc::new(dispatcher);
+    // On a runtime that is gone afterwards, and the connections with it: lanes open their own, where they run.
+    let beginning = runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(async { Beginning::find(&setup.deployment, setup.layout, &*setup.open).await })?;
+    let mut shards = Vec::new();
+    for member in &beginning.layout.members {
+        shards.extend(setup.open.open(member)?);
+    }
+    let dispatcher = Arc::new(Dispatcher::new(setup.deployment, beginning.layout, shards, setup.strategy));
+    let holder: Arc<str> = format!("{:016x}", rand::random::<u64>()).into();
+    let handles: Arc<OnceLock<Vec<runtime::Handle>>> = Arc::default();
+    let on_lane = {
+        let (handles, metrics, holder) = (handles.clone(), metrics.clone(), holder.clone());
+        let dispatcher = dispatcher.clone();
+        Box::new(move |lane: Arc<Lane>| {
+            let handles = handles.get().map_or(&[][..], Vec::as_slice);
+            if let Some(handle) = handles.get(lane.index() % handles.len().max(1)) {
+                handle.spawn(tell_what_is_unsafe(lane.clone()));
+                handle.spawn(sampler::run(lane.clone(), metrics.clone(), holder.clone()));
+                handle.spawn(limits::run(dispatcher.clone(), lane.clone()));
+                handle.spawn(lane.run(metrics.clone()));
+            }
+        })
+    };
+    let keeper = Keeper::new(dispatcher.clone(), setup.open, beginning.proposal, on_lane);
     let process = Arc::new(Process {
-        lists: setup.lists,
         alerts: Arc::new(setup.alerts),
         workers: Arc::new(Workers::new(setup.sessions)),
         forwarding: Forwarding::new(dispatcher.clone(), setup.allowed, setup.together, setup.output_bytes_max),
         dispatcher,
-        limits: Arc::new(setup.limits),
-        bounds: setup.bounds,
-        auth: setup.auth,
+        keeper,
         clients: Clients::default(),
         started_at: Instant::now(),
         listen_port: address.port(),
-        settings: setup.settings,
+        settings: RwLock::new(Arc::new(setup.settings)),
+        settings_version: 0.into(),
+        reread: setup.reread,
         draining: false.into(),
         bytes_in: 0.into(),
         bytes_out: 0.into(),
         metrics,
         pulse: Pulse::new(setup.threads),
-        slow: setup.slow,
         slowlog: Default::default(),
         serving: false.into(),
         scraping: Default::default(),
@@ -110,17 +129,19 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         Some(listener) => Some(serve_http(listener, process.clone(), setup.webhooks)?),
         None => None,
     };
-    let options = SocketOptions { connections_max: setup.connections_max, keepalive: setup.keepalive };
+    let options = SocketOptions { keepalive: setup.keepalive };
     let (stop, stopped) = watch::channel(false);
     let mut threads = Vec::new();
     let (ready, claimed) = std::sync::mpsc::channel();
-    let holder: Arc<str> = format!("{:016x}", rand::random::<u64>()).into();
+    let (runtimes, running) = std::sync::mpsc::channel();
     for (number, listener) in listeners.into_iter().enumerate() {
         let (process, mut stopped, ready) = (process.clone(), stopped.clone(), ready.clone());
-        let holder = holder.clone();
+        let (holder, runtimes) = (holder.clone(), runtimes.clone());
         let count = setup.threads;
         let body = move || -> io::Result<()> {
             let runtime = runtime::Builder::new_current_thread().enable_all().build()?;
+            let _ = runtimes.send((number, runtime.handle().clone()));
+            drop(runtimes);
             runtime.block_on(async {
                 let map = process.dispatcher.map();
                 let own_lanes = || map.lanes.iter().filter(|lane| lane.index() % count == number);
@@ -154,7 +175,10 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         };
         threads.push(std::thread::Builder::new().name(format!("goflow-{number}")).spawn(body)?);
     }
-    drop(ready);
+    drop((ready, runtimes));
+    let mut runtimes: Vec<(usize, runtime::Handle)> = running.iter().collect();
+    runtimes.sort_unstable_by_key(|(number, _)| *number);
+    let _ = handles.set(runtimes.into_iter().map(|(_, handle)| handle).collect());
     for claim in claimed {
         match claim {
             Ok(Err(error)) if error.code != Code::ShardDown => return Err(io::Error::other(error.to_string())),
@@ -163,6 +187,11 @@ pub fn serve(setup: Setup) -> io::Result<()> {
             Err(_) => tracing::warn!("starting without a shard that did not answer in time"),
         }
     }
+    begin_to_follow(&process.keeper, &handles)?;
+    if let Some(handle) = handles.get().and_then(|handles| handles.first()) {
+        handle.spawn(process.forwarding.clone().follow());
+        handle.spawn(mover::run(process.dispatcher.clone(), holder));
+    }
     eprintln!("goflow {} listening on {address}", env!("CARGO_PKG_VERSION"));
     if let Some(address) = http_address {
         eprintln!("goflow {} http listening on {address}", env!("CARGO_PKG_VERSION"));
@@ -170,7 +199,11 @@ pub fn serve(setup: Setup) -> io::Result<()> {
     process.serving.store(true, Ordering::Relaxed);
     eprintln!("try: redis-cli -h {} -p {} GOFLOW.ENQUEUE main hello", address.ip(), address.port());
     runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-        wait_for_signal().await?;
+        let reloading = handles.get().and_then(|handles| handles.first()).cloned();
+        tokio::select! {
+            result = wait_for_signal() => result?,
+            result = reload_on_signal(&process, reloading) => result?,
+        }
         tracing::info!("draining");
         let _ = stop.send(true);
         tokio::select! {
@@ -191,6 +224,28 @@ async fn tell_what_is_unsafe(lane: Arc<Lane>) {
     }
 }
 
+/// Lets the keeper of the map run. A newer map of the configuration is decided first; where the shard that decides is down, it
+/// waits and the one that the shards bear is served.
+fn begin_to_follow(keeper: &Arc<Keeper>, handles: &OnceLock<Vec<runtime::Handle>>) -> io::Result<()> {
+    let Some(handle) = handles.get().and_then(|handles| handles.first()) else {
+        return Err(io::Error::other("no thread has started"));
+    };
+    let (told, proposed) = std::sync::mpsc::channel();
+    let keeper = keeper.clone();
+    handle.spawn(async move {
+        let _ = told.send(keeper.propose().await);
+        keeper.run().await;
+    });
+    match proposed.recv() {
+        Ok(Err(error)) if error.code != Code::ShardDown => Err(io::Error::other(error.to_string())),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "the newer shard map of the configuration waits");
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
 /// On a thread of its own, so that neither waits for the other.
 fn serve_http(
     listener: std::net::TcpListener,
@@ -206,6 +261,23 @@ fn serve_http(
     };
     std::thread::Builder::new().name("goflow-http".into()).spawn(body)?;
     Ok(address)
+}
+
+/// Rereads the configuration with each SIGHUP.
+async fn reload_on_signal(process: &Arc<Process>, handle: Option<runtime::Handle>) -> io::Result<()> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    while hangup.recv().await.is_some() {
+        let process = process.clone();
+        let reloading = async move {
+            if let Err(error) = process.reload().await {
+                tracing::error!(%error, "SIGHUP");
+            }
+        };
+        if let Some(handle) = &handle {
+            handle.spawn(reloading);
+        }
+    }
+    std::future::pending().await
 }
 
 async fn wait_for_signal() -> io::Result<()> {
@@ -270,7 +342,6 @@ fn open_socket(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpLis
 
 #[derive(Clone, Copy)]
 struct SocketOptions {
-    connections_max: usize,
     keepalive: Option<Duration>,
 }
 
@@ -285,7 +356,7 @@ async fn accept(listener: TcpListener, process: &Arc<Process>, options: SocketOp
                 continue;
             }
         };
-        if process.clients.count() >= options.connections_max {
+        if process.clients.count() >= process.settings().connections_max {
             process.metrics.connections_refused.inc();
             refuse(socket);
             continue;

@@ -33,6 +33,7 @@ use crate::forward::conversation::Conversation;
 use crate::forward::{Request, Ways};
 use crate::job::{Lease, parse_receipt};
 use crate::process::Process;
+use crate::process::settings::Settings;
 use crate::process::slowlog::Slow;
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::{Bounds, Parsed, Parser};
@@ -113,6 +114,8 @@ struct Session<S> {
     socket: S,
     peer: Arc<Peer>,
     process: Arc<Process>,
+    settings: Arc<Settings>,
+    settings_version: u64,
     asker: Asker,
     context: Context,
     conversation: Conversation,
@@ -153,8 +156,9 @@ struct Session<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     fn new(socket: S, peer: Arc<Peer>, process: Arc<Process>) -> Session<S> {
-        let authenticated = !process.auth.is_needed();
-        let bounds = if authenticated { process.bounds } else { Bounds::UNAUTHENTICATED };
+        let (settings_version, settings) = (process.settings_version(), process.settings());
+        let authenticated = !settings.auth.is_needed();
+        let bounds = if authenticated { settings.bounds } else { Bounds::UNAUTHENTICATED };
         let bell = peer.clone();
         let ways = Ways::of_thread(&process.forwarding);
         let wake = peer.clone();
@@ -165,11 +169,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             conversation: Conversation::new(ways, peer.id, Arc::new(move || bell.waker.wake()), backlog.clone()),
             backlog,
             reply_bytes: bytes_max / 2 / PIPELINE_FIRST,
-            asker: Asker { session: peer.id, block_ms_max: process.limits.block_ms_max },
-            context: Context { protocol: Protocol::Resp2, client_id: peer.id, limits: process.limits.clone() },
+            asker: Asker { session: peer.id, block_ms_max: settings.limits.block_ms_max },
+            context: Context { protocol: Protocol::Resp2, client_id: peer.id, limits: settings.limits.clone() },
             membership: Membership::new(process.workers.clone(), peer.id),
             peer,
             process,
+            settings,
+            settings_version,
             authenticated,
             parser: Parser::new(bounds),
             words: Vec::new(),
@@ -300,7 +306,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         let Some(place) = pending.what.command else { return };
         let took = self.now.saturating_duration_since(pending.began);
         self.process.metrics.command(place, took);
-        if took >= self.process.slow && !waits {
+        if took >= self.settings.slow && !waits {
             let What { subject, words, .. } = pending.what.clone();
             self.process.slowlog.note(Slow { command: pending.what.name(), subject, words, took, peer: &self.peer });
         }
@@ -397,14 +403,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             let row = &ordinary::ROWS[place];
             self.what.command = Some(command::rows().len() + place);
             self.peer.note_command(row.name);
-            if !self.process.lists.is_empty()
-                && let Some(rule) = durable::find(&self.process.lists, row, words)
+            if !self.settings.lists.is_empty()
+                && let Some(rule) = durable::find(&self.settings.lists, row, words)
             {
                 if let Some(refusal) = self.conversation.spoil(row.name) {
                     return self.push(refusal.into());
                 }
-                let process = &self.process;
-                let (limits, dispatcher) = (&process.limits, &process.dispatcher);
+                let (limits, dispatcher) = (&self.settings.limits, &self.process.dispatcher);
                 let answer = durable::start(rule, row, words, limits, dispatcher, self.asker, &self.unacked);
                 return self.push(answer);
             }
@@ -557,12 +562,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         self.process.hello(self.context.protocol, self.peer.id)
     }
 
+    /// Takes settings that were changed meanwhile. Who has authenticated stays so.
+    fn follow_settings(&mut self) {
+        let version = self.process.settings_version();
+        if version != self.settings_version {
+            (self.settings_version, self.settings) = (version, self.process.settings());
+            self.context.limits = self.settings.limits.clone();
+            self.asker.block_ms_max = self.settings.limits.block_ms_max;
+            if self.authenticated {
+                self.parser.set_bounds(self.settings.bounds);
+            }
+        }
+    }
+
     fn authenticate(&mut self, user: &[u8], password: &[u8]) -> Reply {
-        match self.process.auth.check(user, password) {
+        match self.settings.auth.check(user, password) {
             Ok(()) => {
                 if !self.authenticated {
                     self.authenticated = true;
-                    self.parser.set_bounds(self.process.bounds);
+                    self.parser.set_bounds(self.settings.bounds);
                 }
                 Reply::OK
             }
@@ -576,8 +594,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         self.peer.resp3.store(false, Ordering::Relaxed);
         self.peer.set_labels(|labels| labels.name = Bytes::new());
         self.reply_mode = ReplyMode::On;
-        self.authenticated = !self.process.auth.is_needed();
-        self.parser.set_bounds(if self.authenticated { self.process.bounds } else { Bounds::UNAUTHENTICATED });
+        self.authenticated = !self.settings.auth.is_needed();
+        self.parser.set_bounds(if self.authenticated { self.settings.bounds } else { Bounds::UNAUTHENTICATED });
         Reply::Simple("RESET")
     }
 
@@ -621,6 +639,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
 
     /// Reads once; ready when there is something new to look at.
     fn read(&mut self, context: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        self.follow_settings();
         let held_back = self.pending.back().is_some_and(|pending| pending.answer.holds_back());
         let full = self.pending.len() >= self.window() || self.output.len() >= OUTPUT_PAUSE;
         let enough = (held_back || full) && self.input.len() >= READ_AHEAD;

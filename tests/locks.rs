@@ -275,7 +275,14 @@ fn another_proxy_hears_when_an_awaited_object_is_freed() {
         other.watch(Arc::new(move |wake| drop(heard.send(wake))));
         assert_eq!(wakes.recv_timeout(patience()).unwrap(), Wake::Missed, "it listens");
         for kind in [Keyed::Lock, Keyed::Semaphore] {
-            let acquire = |token, waits| Deed::Acquire { token, limit: 1, ttl_ms: 600_000, owner: Bytes::new(), waits };
+            let acquire = |token, waits| Deed::Acquire {
+                token,
+                limit: 1,
+                ttl_ms: 600_000,
+                owner: Bytes::new(),
+                waits,
+                moved_in: 0,
+            };
             assert!(matches!(apply(&one, kind, acquire(1, false)).await, Outcome::Granted { .. }));
             assert_eq!(apply(&one, kind, Deed::Release { token: 1 }).await, Outcome::Count(1));
             assert!(matches!(apply(&one, kind, acquire(2, false)).await, Outcome::Granted { .. }));

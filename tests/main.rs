@@ -55,6 +55,8 @@ mod reference;
 mod routing;
 /// What one client may rely on while it waits, hangs up, or is drained.
 mod session;
+/// The shard map changes under way, on all proxies at once.
+mod shardmap;
 /// Real processes, a raw client, and waiting without sleeping.
 #[allow(dead_code, reason = "a house for all tests: not every one of them uses every room")]
 mod support;

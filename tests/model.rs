@@ -14,8 +14,8 @@ use std::sync::Arc;
 use goflow::clock::UnixMs;
 use goflow::job::{JobRef, JobState, Lease, Name, Policy};
 use goflow::shard::{
-    Action, DeathGroup, DeathMark, LimitDeed, Op, Outcome, Party, Placed, QueueLimits, Rate, Retention, Rules, Shard,
-    Start,
+    Action, DeathGroup, DeathMark, Departure, LimitDeed, Op, Outcome, Party, Placed, QueueLimits, Rate, Retention,
+    Rules, Shard, Start,
 };
 
 use crate::conformance::trial::{BEGIN, block_on, name};
@@ -46,6 +46,8 @@ struct Author {
     seqs: Vec<u64>,
     retry_until: Option<UnixMs>,
     deaths: Vec<DeathMark>,
+    /// The last batch that departed.
+    departure: Departure,
 }
 
 impl Author {
@@ -58,6 +60,7 @@ impl Author {
             seqs: vec![1],
             retry_until: None,
             deaths: Vec::new(),
+            departure: Departure::default(),
         }
     }
 
@@ -128,9 +131,11 @@ impl Author {
             89 => Action::Purge { state: self.state() },
             90 => Action::DeadGet { job: self.job() },
             91..94 => Action::DeadRetry { jobs: (0..self.rng.random_range(1..4)).map(|_| self.job()).collect() },
+            94 if self.rng.random_bool(0.5) => self.travel(),
             94 => Action::DeadRetryAll { until: self.retry_until.filter(|_| self.rng.random_bool(0.5)) },
             95 => Action::DeadDelete { jobs: (0..self.rng.random_range(1..3)).map(|_| self.job()).collect() },
             96 => Action::Pause { paused: false },
+            97 if self.rng.random_bool(0.5) => self.travel(),
             97 => Action::Limit(self.limit()),
             98 => self.keep(),
             _ => Action::Tick,
@@ -150,6 +155,28 @@ impl Author {
         }
     }
 
+    /// A step of a journey, mostly the next one.
+    fn travel(&mut self) -> Action {
+        let number = self.departure.number + self.rng.random_range(0..2);
+        match self.rng.random_range(0..6) {
+            0..2 => Action::Depart {
+                state: *[JobState::Ready, JobState::Scheduled, JobState::Dead].choose(&mut self.rng).unwrap(),
+                count: self.rng.random_range(0..25),
+                route: self.text(),
+            },
+            2..4 => {
+                let source = Bytes::from_static([b"s1", b"s2"][self.rng.random_range(0..2)]);
+                Action::Arrive { source, number, jobs: Arc::new(self.departure.jobs.clone()) }
+            }
+            4 => Action::Departed { number },
+            _ => Action::Seek {
+                id: self.rng.random_bool(0.7).then(|| self.key("id")),
+                unique: self.rng.random_bool(0.7).then(|| self.key("key")),
+                homes_since: self.rng.random_range(0..2),
+            },
+        }
+    }
+
     fn enqueue(&mut self) -> Action {
         let is_keyed = self.rng.random_bool(0.4);
         let policy = Policy {
@@ -164,6 +191,7 @@ impl Author {
                 .then(|| (self.key("key"), *[0, 1, 900].choose(&mut self.rng).unwrap())),
             group: self.rng.random_bool(0.4).then(|| (self.key("group"), *[1, 1, 2, 3].choose(&mut self.rng).unwrap())),
             meta: (0..self.rng.random_range(0..3)).map(|_| (self.text(), self.text())).collect(),
+            homes_since: u64::from(self.rng.random_bool(0.9)),
         };
         let count = match self.rng.random_range(0..400) {
             _ if is_keyed => 1,
@@ -244,9 +272,11 @@ impl Author {
 
     fn learn(&mut self, outcome: &Outcome) {
         match outcome {
-            Outcome::Enqueued(placed) => self.seqs.extend(placed.iter().map(|placed| match placed {
-                Placed::Added(seq) | Placed::Held { seq, .. } => *seq,
+            Outcome::Enqueued(placed) => self.seqs.extend(placed.iter().filter_map(|placed| match placed {
+                Placed::Added(seq) | Placed::Held { seq, .. } => Some(*seq),
+                Placed::Outdated => None,
             })),
+            Outcome::Departing(departure) if departure.number > 0 => self.departure = departure.clone(),
             Outcome::Leased(deliveries) => self.leases.extend(deliveries.iter().map(|delivery| delivery.lease)),
             Outcome::Moved { next, .. } => self.retry_until = *next,
             Outcome::Outbox { groups, .. } => self.deaths = groups.iter().map(DeathGroup::mark).collect(),

@@ -15,13 +15,13 @@ use rustix::fs::{Access, access};
 
 use crate::config::{Config, ShardConfig, ShardUrl};
 use crate::dispatch::ShardEntry;
+use crate::dispatch::layout::Layout;
 use crate::error::{Error, Happened};
 use crate::shard::{Health, Stamp};
 
 /// What one shard said.
 struct Finding {
     name: String,
-    weight: u32,
     health: Result<Health, Error>,
     stamp: Result<Option<Stamp>, Error>,
 }
@@ -76,7 +76,7 @@ fn foresee(shard: &ShardConfig) -> Option<Finding> {
             Err(Error::shard_down(&shard.name, &why, Happened::No))
         }
     };
-    Some(Finding { name: shard.name.clone(), weight: shard.weight, health, stamp: Ok(None) })
+    Some(Finding { name: shard.name.clone(), health, stamp: Ok(None) })
 }
 
 fn patience(config: &Config) -> Duration {
@@ -89,7 +89,7 @@ async fn examine(entry: &ShardEntry, patience: Duration) -> Finding {
         let late = Error::shard_down(&entry.name, "did not answer in time", Happened::No);
         (Err(late.clone()), Err(late))
     });
-    Finding { name: entry.name.to_string(), weight: entry.weight, health, stamp }
+    Finding { name: entry.name.to_string(), health, stamp }
 }
 
 /// The report, and how many problems it holds.
@@ -111,7 +111,15 @@ fn report(config: &Config, findings: &[Finding]) -> (String, usize) {
             // Writing to a String cannot fail.
             let _ = writeln!(text, "  {mark}{what}");
         };
-        line("", &format!("shard {}, weight {}{}", finding.name, finding.weight, place(config, &finding.name)));
+        line(
+            "",
+            &format!(
+                "shard {}, weight {}{}",
+                finding.name,
+                weight(config, &finding.name),
+                place(config, &finding.name)
+            ),
+        );
         match &finding.health {
             Ok(health) => {
                 line("  ", &format!("{}; {}", health.server, health.durability));
@@ -140,17 +148,42 @@ fn report(config: &Config, findings: &[Finding]) -> (String, usize) {
             }
         }
     }
+    if let Some(layout) = newer_map(config, findings) {
+        let (newer, ours) = (layout.version, config.map_version);
+        text += &format!(
+            "the shards bear map {newer}, newer than map_version {ours}: it is the one that would be served\n"
+        );
+        for member in &layout.members {
+            let url = if member.url.is_empty() { String::new() } else { format!(", {}", member.url) };
+            text += &format!("  shard {}, weight {}, {}{url}\n", member.name, member.weight, member.standing.word());
+        }
+    }
     let verdict = if problems == 0 { "would start" } else { "would not start, or not serve every shard" };
     text += &format!("{verdict}: {problems} problems, {warnings} warnings\n");
     (text, problems)
 }
 
-/// Where the shard is; a partition of a cluster, `name/3`, is where the cluster is.
-fn place(config: &Config, name: &str) -> String {
+/// The entry of a shard; a partition of a cluster, `name/3`, has that of the cluster.
+fn entry<'a>(config: &'a Config, name: &str) -> Option<&'a ShardConfig> {
     let is_of = |shard: &str| name == shard || name.strip_prefix(shard).is_some_and(|rest| rest.starts_with('/'));
     let shard = config.shard.iter().find(|shard| shard.name == name);
-    let shard = shard.or_else(|| config.shard.iter().find(|shard| shard.url.partitions() > 1 && is_of(&shard.name)));
-    shard.map_or_else(String::new, |shard| format!(", {}", shard.url))
+    shard.or_else(|| config.shard.iter().find(|shard| shard.url.partitions() > 1 && is_of(&shard.name)))
+}
+
+/// Where the shard is.
+fn place(config: &Config, name: &str) -> String {
+    entry(config, name).map_or_else(String::new, |shard| format!(", {}", shard.url))
+}
+
+fn weight(config: &Config, name: &str) -> u32 {
+    entry(config, name).map_or(1, |shard| shard.weight)
+}
+
+/// The newest map that a shard of the deployment bears, if it is not the configuration's.
+fn newer_map(config: &Config, findings: &[Finding]) -> Option<Layout> {
+    let stamps = findings.iter().filter_map(|finding| finding.stamp.as_ref().ok()?.as_ref());
+    let newest = stamps.filter(|stamp| stamp.deployment == config.deployment).max_by_key(|stamp| stamp.map_version)?;
+    Layout::parse(newest.map_version, &newest.map).filter(|layout| layout.version > config.map_version)
 }
 
 /// Why a shard with this stamp would refuse the configuration.
@@ -162,11 +195,9 @@ fn conflict(config: &Config, name: &str, stamp: &Stamp) -> Option<String> {
     if shard != name {
         return Some(format!("it is stamped as shard {shard}: expected that name for this URL"));
     }
-    if *map_version > config.map_version {
-        return Some(format!("its shard map is {map_version}, newer than map_version {}", config.map_version));
-    }
     let line = config.shard_map_line();
-    if *map_version == config.map_version && *map != line {
+    let places = Layout::parse(*map_version, map).map_or_else(|| map.clone(), |layout| layout.places());
+    if *map_version == config.map_version && places != line {
         return Some(format!("shard map {map_version} is '{map}' there and '{line}' here: raise map_version"));
     }
     None
@@ -186,7 +217,7 @@ mod tests {
     }
 
     fn finding(name: &str, health: Result<Health, Error>, stamp: Result<Option<Stamp>, Error>) -> Finding {
-        Finding { name: name.into(), weight: 1, health, stamp }
+        Finding { name: name.into(), health, stamp }
     }
 
     #[test]
@@ -227,7 +258,6 @@ mod tests {
         assert_eq!(with(|stamp| (stamp.map_version, stamp.map) = (2, "other".into())), None);
         assert!(with(|stamp| stamp.deployment = "other".into()).unwrap().contains("deployment other"));
         assert!(with(|stamp| stamp.shard = "b".into()).unwrap().contains("shard b"));
-        assert!(with(|stamp| stamp.map_version = 4).unwrap().contains("newer"));
         assert!(with(|stamp| stamp.map = "a*2".into()).unwrap().contains("raise map_version"));
     }
 
@@ -247,6 +277,19 @@ mod tests {
         std::fs::write(&file, "").unwrap();
         let (text, problems) = foreseen(&file.join("data"));
         assert!(problems == 1 && text.contains("file is no directory that may be written to"), "{text}");
+    }
+
+    #[test]
+    fn a_newer_map_on_a_shard_is_shown() {
+        let map = "a*1!draining=redis://h:6379 d*2=redis://d:1 #4".into();
+        let newer = Stamp { map_version: 4, map, ..stamp() };
+        let (text, problems) = report(&config(), &[finding("a", Ok(Health::default()), Ok(Some(newer)))]);
+        assert_eq!(problems, 0);
+        for words in
+            ["map 4, newer than map_version 3", "shard a, weight 1, draining", "d, weight 2, open, redis://d:1"]
+        {
+            assert!(text.contains(words), "{words}: {text}");
+        }
     }
 
     #[test]

@@ -109,44 +109,13 @@ pub static ROWS: &[Spec] = &[
         name: "GOFLOW.SHARDS",
         summary: "Shows the shards and how they are.",
         flags: &[Flag::ReadOnly],
-        reply: "A map from each shard's name to a map: `name`, `state` (`up`, `down` or `draining`), `depth`, latency, errors \
-                and more.",
+        reply: "A map from each shard's name to a map: `name`, `state` (`up`, `down`, `draining` or `leaving`), `weight`, `depth`, \
+                latency, errors, `map_version` and more.",
         examples: "\
 > GOFLOW.SHARDS
 1# \"<shard>\" =>  1# \"name\" => \"<shard>\"
 ...",
         plan: |_, _| Ok(Plan::Ask(Ask::Shards)),
-        ..OPS
-    },
-    Spec {
-        examples: "\
-> GOFLOW.SHARD HELP
-1) \"GOFLOW.SHARD <subcommand> [<arg> [value] [opt] ...]. Subcommands are:\"
-...",
-        ..Spec::container("GOFLOW.SHARD", Group::Operations, "0.1.0", "Orders to one shard.")
-    },
-    Spec {
-        name: "GOFLOW.SHARD|DRAIN",
-        summary: "Keeps new jobs away from a shard; what it holds is still delivered.",
-        args: &[Arg::new("name", Kind::Shard)],
-        flags: &[Flag::Admin],
-        reply: "`OK`; an error when it is the last shard that takes new jobs.",
-        examples: "\
-> GOFLOW.SHARD DRAIN no-such-shard
-(error) ERR ...",
-        plan: |args, _| drain(args, true),
-        ..OPS
-    },
-    Spec {
-        name: "GOFLOW.SHARD|UNDRAIN",
-        summary: "Lets a shard take new jobs again.",
-        args: &[Arg::new("name", Kind::Shard)],
-        flags: &[Flag::Admin],
-        reply: "`OK`.",
-        examples: "\
-> GOFLOW.SHARD UNDRAIN no-such-shard
-(error) ERR ...",
-        plan: |args, _| drain(args, false),
         ..OPS
     },
     Spec {
@@ -377,11 +346,6 @@ fn no_cluster(_: &Args, _: &Context) -> Result<Plan> {
     Err(Error::bad("This instance has cluster support disabled"))
 }
 
-fn drain(args: &Args, draining: bool) -> Result<Plan> {
-    let shard = args.shard("name")?.unwrap_or_default();
-    Ok(Plan::Ask(Ask::Drain { shard, draining }))
-}
-
 fn info(args: &Args, _: &Context) -> Result<Plan> {
     let lower = |word: &Bytes| String::from_utf8_lossy(word).to_ascii_lowercase();
     Ok(Plan::Ask(Ask::Info { sections: args.words("section").iter().map(lower).collect() }))
@@ -511,7 +475,7 @@ mod tests {
             Plan::Ask(ask) => ask,
             _ => panic!("{line} is no question"),
         };
-        assert_eq!(asked("GOFLOW.SHARD DRAIN s1"), Ask::Drain { shard: "s1".into(), draining: true });
+        assert_eq!(asked("GOFLOW.SHARD DRAIN s1"), Ask::Map(crate::command::MapOrder::Drain { shard: "s1".into() }));
         assert_eq!(asked("info Server CLIENTS"), Ask::Info { sections: vec!["server".into(), "clients".into()] });
         assert_eq!(asked("CONFIG GET a* b"), Ask::Config { patterns: vec!["a*".into(), "b".into()] });
     }

@@ -1006,6 +1006,7 @@ mod tests {
             unique: None,
             group: None,
             meta: vec![pair("k", "v3"), pair("k2", "v2")],
+            homes_since: 0,
         };
         assert_eq!(*enqueue.policy, policy);
         assert_eq!((enqueue.start, enqueue.nx), (Start::At(1_790_000_000_000), true));

@@ -19,6 +19,7 @@ pub mod limit;
 pub mod lock;
 pub mod ordinary;
 pub mod reference;
+pub mod shards;
 
 use bytes::Bytes;
 use std::ops::Deref;
@@ -224,10 +225,10 @@ pub enum Ask {
         change: QueueLimits,
     },
     Shards,
-    Drain {
-        shard: Box<str>,
-        draining: bool,
-    },
+    /// Changes the shard map.
+    Map(MapOrder),
+    /// Reads the configuration anew.
+    Reload,
     /// The sections asked for, lower case; empty: the default ones.
     Info {
         sections: Vec<String>,
@@ -256,6 +257,34 @@ pub enum Ask {
     },
     /// The statistics of every queue on every shard, added up by [`admin::totals`].
     Totals,
+}
+
+/// A change of the shard map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MapOrder {
+    Drain {
+        shard: Box<str>,
+    },
+    Undrain {
+        shard: Box<str>,
+    },
+    Add {
+        shard: Box<str>,
+        url: Box<str>,
+        weight: u32,
+    },
+    Weigh {
+        shard: Box<str>,
+        weight: u32,
+    },
+    Move {
+        shard: Box<str>,
+    },
+    Remove {
+        shard: Box<str>,
+    },
+    /// Former homes are looked into no more.
+    Forget,
 }
 
 /// A plan function: checked arguments in, a plan out.
@@ -389,7 +418,7 @@ impl Spec {
 
 /// All rows, family by family.
 pub static FAMILIES: &[&[Spec]] =
-    &[job::ROWS, dead::ROWS, lock::ROWS, limit::ROWS, admin::ROWS, alert::ROWS, connection::ROWS];
+    &[job::ROWS, dead::ROWS, lock::ROWS, limit::ROWS, shards::ROWS, admin::ROWS, alert::ROWS, connection::ROWS];
 
 /// A [`Spec`] with what is worked out from it once.
 pub struct Row {

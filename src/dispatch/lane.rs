@@ -56,6 +56,11 @@ const SWEEP_EVERY: Duration = Duration::from_secs(2);
 const SWEEP_QUEUES_MAX: usize = 64;
 /// Releases that are kept for a shard that is out of reach; what is more comes back when its lease ends.
 const OWED_MAX: usize = 10_000;
+/// How long a lane goes by a stamp that it has seen: so long at most a proxy that has missed a change of the map may use a
+/// shard by the old one.
+pub const CLAIM_LASTS: Duration = Duration::from_secs(1);
+/// How long a batch waits for the newer map that its shard knows of.
+const MAP_WAIT: Duration = Duration::from_secs(3);
 /// Tickets in the mailbox before those that are over are cleared out.
 const PARKED_MIN: usize = 1_024;
 /// After a failure operations are refused for this long, doubling to the maximum, before the shard is asked again.
@@ -174,6 +179,8 @@ struct Mailbox {
     /// Queues of which the shard said that they stopped being empty; `all_woken` when it may have said more.
     woken: HashSet<Name, RandomState>,
     all_woken: bool,
+    /// The shard is in the map no more: what comes is dropped.
+    ended: bool,
 }
 
 impl Mailbox {
@@ -182,6 +189,9 @@ impl Mailbox {
     }
 
     fn put(&mut self, parcel: Parcel) {
+        if self.ended {
+            return;
+        }
         self.bytes += op_bytes(&parcel.op);
         self.parcels.push_back(parcel);
     }
@@ -204,7 +214,6 @@ pub struct Vitals {
     down: AtomicBool,
     /// The lane itself has met a failure, and only its own next answer ends that.
     resting: AtomicBool,
-    draining: AtomicBool,
     pub batches: AtomicU64,
     pub ops: AtomicU64,
     pub errors: AtomicU64,
@@ -218,12 +227,17 @@ pub struct Lane {
     name: Arc<str>,
     index: usize,
     shard: Arc<dyn Shard>,
-    stamp: Stamp,
+    stamp: Mutex<Stamp>,
+    /// Rung with each new stamp.
+    restamped: Notify,
+    /// To be rung when the shard knows of a newer map.
+    news: Arc<Notify>,
     mailbox: Mutex<Mailbox>,
     /// A batch is on its way.
     applying: AtomicBool,
-    /// The shard bears our stamp; asked again after it was down, since another server may stand in its place then.
-    claimed: AtomicBool,
+    /// When the shard was last seen to bear our stamp; forgotten when it is down, since another server may stand in its
+    /// place then.
+    claimed_at: Mutex<Option<Instant>>,
     bell: Notify,
     room: Notify,
     /// Jobs that wait or run, per queue: as the last answer said, plus what was sent since.
@@ -243,11 +257,10 @@ pub struct Lane {
 }
 
 impl Lane {
-    pub fn new(name: Arc<str>, index: usize, shard: Arc<dyn Shard>, stamp: Stamp) -> Arc<Lane> {
+    pub fn new(name: Arc<str>, index: usize, shard: Arc<dyn Shard>, stamp: Stamp, news: Arc<Notify>) -> Arc<Lane> {
         let vitals = Vitals {
             down: AtomicBool::new(false),
             resting: AtomicBool::new(false),
-            draining: AtomicBool::new(false),
             batches: AtomicU64::new(0),
             ops: AtomicU64::new(0),
             errors: AtomicU64::new(0),
@@ -258,10 +271,12 @@ impl Lane {
             name,
             index,
             shard,
-            stamp,
+            stamp: Mutex::new(stamp),
+            restamped: Notify::new(),
+            news,
             mailbox: Mutex::default(),
             applying: AtomicBool::new(false),
-            claimed: AtomicBool::new(false),
+            claimed_at: Mutex::default(),
             bell: Notify::new(),
             room: Notify::new(),
             loads: DashMap::with_hasher(RandomState::default()),
@@ -291,12 +306,41 @@ impl Lane {
         self.vitals.down.load(Ordering::Relaxed)
     }
 
-    pub fn is_draining(&self) -> bool {
-        self.vitals.draining.load(Ordering::Relaxed)
+    fn stamp(&self) -> Stamp {
+        self.stamp.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    pub fn set_draining(&self, draining: bool) {
-        self.vitals.draining.store(draining, Ordering::Relaxed);
+    /// Goes by another map from here on.
+    pub fn restamp(&self, stamp: Stamp) {
+        *self.stamp.lock().unwrap_or_else(PoisonError::into_inner) = stamp;
+        self.unclaim();
+        self.restamped.notify_waiters();
+    }
+
+    fn unclaim(&self) {
+        *self.claimed_at.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// The shard is in the map no more: what is still in line is refused, and the lane ends.
+    pub fn end(&self) {
+        tracing::info!(shard = %self.name, "shard was removed");
+        let parcels = {
+            let mut mail = self.mail();
+            mail.ended = true;
+            mail.bytes = 0;
+            mail.parked.clear();
+            std::mem::take(&mut mail.parcels)
+        };
+        // Their answers go with them, and whoever waits hears that.
+        drop(parcels);
+        self.lines.ring_all();
+        self.bell.notify_one();
+        self.room.notify_waiters();
+        self.restamped.notify_waiters();
+    }
+
+    pub fn is_ended(&self) -> bool {
+        self.mail().ended
     }
 
     pub fn last_error(&self) -> Option<Error> {
@@ -344,7 +388,7 @@ impl Lane {
         match reach {
             Ok(()) if !self.vitals.resting.load(Ordering::Relaxed) => self.note_back(),
             Err(error) if error.code == Code::ShardDown => {
-                self.claimed.store(false, Ordering::Relaxed);
+                self.unclaim();
                 if !self.vitals.down.swap(true, Ordering::Relaxed) {
                     tracing::warn!(shard = %self.name, %error, "shard is down");
                 }
@@ -441,6 +485,7 @@ impl Lane {
             Wake::Queue(_) => {}
             Wake::Freed(kind, name) => return self.lines.ring(*kind, name),
             Wake::Deaths(queue) => return self.outboxes.woken(queue.clone()),
+            Wake::Map => return self.news.notify_one(),
             Wake::Missed => {
                 self.lines.ring_all();
                 self.outboxes.miss();
@@ -457,13 +502,45 @@ impl Lane {
         self.bell.notify_one();
     }
 
-    /// Makes sure that the shard is ours before anything is written to it.
+    /// Makes sure that the shard is ours, under our map, before anything is written to it. A newer map that the shard knows
+    /// of is waited for.
     pub async fn claim(&self) -> Result<()> {
-        if !self.claimed.load(Ordering::Relaxed) {
-            self.shard.claim(self.stamp.clone()).await?;
-            self.claimed.store(true, Ordering::Relaxed);
+        let refused_at = Instant::now();
+        loop {
+            let claimed_at = *self.claimed_at.lock().unwrap_or_else(PoisonError::into_inner);
+            if claimed_at.is_some_and(|at| at.elapsed() < CLAIM_LASTS) {
+                return Ok(());
+            }
+            if self.is_ended() {
+                return Err(Error::shard_down(&self.name, "was removed", Happened::No));
+            }
+            let (asked_at, stamp, restamped) = (Instant::now(), self.stamp(), self.restamped.notified());
+            match self.shard.claim(stamp.clone()).await {
+                Ok(()) => {
+                    let mut claimed_at = self.claimed_at.lock().unwrap_or_else(PoisonError::into_inner);
+                    // Under a stamp that was replaced meanwhile it is no claim.
+                    if self.stamp().map_version == stamp.map_version {
+                        *claimed_at = Some(asked_at);
+                        return Ok(());
+                    }
+                }
+                Err(error) if error.code == Code::ShardDown => return Err(error),
+                Err(error) => {
+                    let is_newer = |found: &Stamp| {
+                        found.deployment == stamp.deployment
+                            && found.shard == stamp.shard
+                            && found.map_version > stamp.map_version
+                    };
+                    let found = self.shard.stamp().await?;
+                    if !found.as_ref().is_some_and(is_newer) || refused_at.elapsed() >= MAP_WAIT {
+                        return Err(error);
+                    }
+                    self.news.notify_one();
+                    // Without a new stamp it is asked anew after the while, and then given up.
+                    let _ = tokio::time::timeout(MAP_WAIT, restamped).await;
+                }
+            }
         }
-        Ok(())
     }
 
     /// What an error of a claim means for an operation: a shard that is not ours is as good as down.
@@ -484,7 +561,7 @@ impl Lane {
         let lane = self.clone();
         self.shard.watch(Arc::new(move |wake| lane.woken(wake)));
         let mut line = Line::new(self, metrics);
-        loop {
+        while !line.lane.is_ended() {
             // A lane that stopped would leave its sessions without an answer for ever. Whoever was in the batch that
             // panicked is told that it may have happened.
             if AssertUnwindSafe(line.turn()).catch_unwind().await.is_err() {
@@ -926,7 +1003,7 @@ impl Line {
     fn rest_from(&mut self, error: Error) {
         let vitals = &self.lane.vitals;
         vitals.errors.fetch_add(1, Ordering::Relaxed);
-        self.lane.claimed.store(false, Ordering::Relaxed);
+        self.lane.unclaim();
         if !self.lane.vitals.down.swap(true, Ordering::Relaxed) {
             tracing::warn!(shard = %self.lane.name, %error, "shard is down");
         }
@@ -1127,7 +1204,7 @@ mod tests {
             let name: Arc<str> = format!("s{index}").into();
             let stamp = Stamp { deployment: "d".into(), shard: name.to_string(), map_version: 1, map: String::new() };
             let shard = Arc::new(crate::shard::memory::Memory::new(crate::shard::Rules::default()));
-            Line::new(Lane::new(name, index, shard, stamp), metrics.clone())
+            Line::new(Lane::new(name, index, shard, stamp, Arc::default()), metrics.clone())
         };
         (0..count).map(make).collect()
     }

@@ -219,7 +219,7 @@ async fn settle(
     need: Option<(usize, u64)>,
     elapsed: Duration,
 ) -> Result<Option<Settled>> {
-    let home = map.home(queue.as_str().as_bytes());
+    let home = map.lane_of_lock(queue.as_str());
     let views = look(map, queue).await;
     let was = match &views[home.index()] {
         Ok(view) => view.ledger_version,
@@ -380,7 +380,7 @@ async fn replace(home: &Lane, queue: &Name, was: u64, ledger: &Ledger) -> Result
 pub async fn set(map: &ShardMap, queue: &Name, change: &QueueLimits) -> Result<()> {
     for _ in 0..TRIES {
         if let Some(settled) = settle(map, queue, Some(change), None, Duration::ZERO).await? {
-            map.home(queue.as_str().as_bytes()).note_limits(queue, settled.limits != QueueLimits::default());
+            map.lane_of_lock(queue.as_str()).note_limits(queue, settled.limits != QueueLimits::default());
             return settled.failure.map_or(Ok(()), Err);
         }
         tokio::time::sleep(Duration::from_millis(rand::random_range(1..20))).await;
@@ -391,7 +391,7 @@ pub async fn set(map: &ShardMap, queue: &Name, change: &QueueLimits) -> Result<(
 /// The limits of a queue, and what each shard says of its share.
 pub async fn show(map: &ShardMap, queue: &Name) -> Result<(QueueLimits, Vec<(Arc<str>, LimitView)>)> {
     let views = look(map, queue).await;
-    if let Err(error) = &views[map.home_index(queue.as_str().as_bytes())] {
+    if let Err(error) = &views[map.place_of_lock(queue.as_str())] {
         return Err(error.clone());
     }
     let limits = newest(&views).limits;
@@ -404,7 +404,7 @@ pub async fn run(dispatcher: Arc<Dispatcher>, lane: Arc<Lane>) {
     let began = Instant::now();
     let mut full: HashMap<Name, Instant, RandomState> = HashMap::default();
     let mut pass_at = Instant::now() + PASS_EVERY;
-    loop {
+    while !lane.is_ended() {
         tokio::select! {
             () = lane.has_refused() => make_room(&dispatcher.map(), &lane, &mut full).await,
             () = tokio::time::sleep_until(pass_at.into()) => {
@@ -469,8 +469,9 @@ mod tests {
         assert_eq!(divide(0, &[5, 5], 0), [0, 0]);
     }
 
+    use crate::dispatch::ShardEntry;
+    use crate::dispatch::layout::{Layout, Member, Standing};
     use crate::dispatch::router::Strategy;
-    use crate::dispatch::{MapStamp, ShardEntry};
     use crate::job::Lease;
     use crate::metrics::Metrics;
     use crate::shard::memory::Memory;
@@ -489,10 +490,16 @@ mod tests {
     #[tokio::test]
     async fn shares_never_add_up_to_more_than_the_limit_whoever_settles_and_is_stopped() {
         let metrics = Arc::new(Metrics::new(std::iter::empty::<&'static str>()).unwrap());
-        let entry =
-            |n| ShardEntry { name: format!("s{n}").into(), weight: 1, shard: Arc::new(Memory::new(Rules::default())) };
-        let stamp = MapStamp { deployment: "d".into(), version: 1, line: String::new() };
-        let map = Dispatcher::new((0..3).map(entry).collect(), stamp, Strategy::RoundRobin).map();
+        let entry = |n| ShardEntry { name: format!("s{n}").into(), shard: Arc::new(Memory::new(Rules::default())) };
+        let member = |n| Member {
+            name: format!("s{n}"),
+            partitions: 1,
+            weight: 1,
+            standing: Standing::Open,
+            url: String::new(),
+        };
+        let layout = Layout::new(1, (0..3).map(member).collect());
+        let map = Dispatcher::new("d".into(), layout, (0..3).map(entry).collect(), Strategy::RoundRobin).map();
         for lane in &map.lanes {
             tokio::spawn(lane.clone().run(metrics.clone()));
         }

@@ -33,7 +33,7 @@ const RENEW_EVERY: Duration = Duration::from_millis(LEAD_MS / 3);
 /// Samples the lane's shard until the process ends; `holder` names this process.
 pub async fn run(lane: Arc<Lane>, metrics: Arc<Metrics>, holder: Arc<str>) {
     let mut sampler = Sampler { lane, metrics, holder, unheard: false };
-    loop {
+    while !sampler.lane.is_ended() {
         let pass = Instant::now();
         match sampler.pass().await {
             Ok(true) => sampler.hear(),

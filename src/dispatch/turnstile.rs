@@ -43,6 +43,8 @@ pub struct Wanted {
     pub wait_ms: Millis,
     /// Held as long as the connection lives.
     pub bind: bool,
+    /// The version of the shard map in which locks moved last.
+    pub moved_in: u64,
 }
 
 #[derive(Default)]
@@ -147,9 +149,9 @@ impl Claim {
 
     async fn ask(&mut self, wanted: &Wanted, waits: bool) -> Result<Outcome> {
         self.lane.room().await?;
-        let Wanted { limit, ttl_ms, owner, .. } = wanted.clone();
-        let asked =
-            self.lane.submit(self.op(Deed::Acquire { token: self.token, limit, ttl_ms, owner, waits }), self.session);
+        let Wanted { limit, ttl_ms, owner, moved_in, .. } = wanted.clone();
+        let deed = Deed::Acquire { token: self.token, limit, ttl_ms, owner, waits, moved_in };
+        let asked = self.lane.submit(self.op(deed), self.session);
         let may_stand = std::mem::replace(&mut self.stands, true);
         let outcome = asked.await.unwrap_or_else(|_| Err(lane_gone()));
         match &outcome {

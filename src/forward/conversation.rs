@@ -92,6 +92,14 @@ impl Conversation {
         Some(Error::bad(format!("{name} is not for transactions")).into())
     }
 
+    /// Goes by the present shard map, but in the middle of a transaction.
+    fn follow(&mut self) {
+        let is_free = || self.watching.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_none();
+        if !self.ways.is_current() && self.queue.is_none() && is_free() {
+            self.ways = Ways::of_thread(&self.ways.shared);
+        }
+    }
+
     fn subscriptions(&self) -> usize {
         self.subscribed.iter().map(BTreeSet::len).sum()
     }
@@ -99,6 +107,7 @@ impl Conversation {
     /// Starts an ordinary command.
     pub fn start(&mut self, request: Request<'_>) -> Started {
         let Request { row, words, protocol, .. } = request;
+        self.follow();
         if let Some(refusal) =
             self.confined(row.name, protocol, matches!(row.how, How::Channel(talk) if talk.is_subscription()))
         {
@@ -120,6 +129,7 @@ impl Conversation {
             queue.spoilt = true;
             return unknown.into();
         }
+        self.follow();
         spread::start_unknown(&self.ways, words.to_vec(), protocol, unknown)
     }
 
@@ -482,8 +492,9 @@ fn announce(ways: &Ways, kind: Kind, name: &Bytes) -> Vec<Confirmation> {
     put_request(&mut raw, &[Bytes::from_static(kind.subscribe().as_bytes()), name.clone()]);
     raw.extend_from_slice(b"*1\r\n$4\r\nPING\r\n");
     let mut confirmations = Vec::new();
-    let listeners: Vec<&Arc<Link>> = homes.iter().filter_map(|shard| ways.shared.park(*shard).listener()).collect();
-    ways.shared.hub.announce(kind, name, homes.first().copied(), || {
+    let listeners: Vec<Arc<Link>> = homes.iter().filter_map(|shard| ways.park(*shard).listener().cloned()).collect();
+    let home = homes.first().map(|shard| ways.number(*shard));
+    ways.shared.hub.announce(kind, name, home, || {
         confirmations.extend(listeners.iter().map(|link| link.submit(&raw, 1)));
     });
     confirmations
@@ -499,7 +510,7 @@ async fn confirm(confirmation: Confirmation) -> Result<()> {
 
 fn leave(ways: &Ways, kind: Kind, name: &Bytes, client_id: u64) {
     let homes = homes(ways, kind, name);
-    let listeners: Vec<&Arc<Link>> = homes.iter().filter_map(|shard| ways.shared.park(*shard).listener()).collect();
+    let listeners: Vec<Arc<Link>> = homes.iter().filter_map(|shard| ways.park(*shard).listener().cloned()).collect();
     ways.shared.hub.leave(kind, name, client_id, || {
         let mut raw = BytesMut::new();
         put_request(&mut raw, &[Bytes::from_static(kind.unsubscribe().as_bytes()), name.clone()]);

@@ -96,13 +96,12 @@ type Topics = HashMap<Bytes, Topic, RandomState>;
 
 /// All subscriptions of the process.
 pub struct Hub {
-    shards: usize,
     topics: Mutex<[Topics; 3]>,
 }
 
 impl Hub {
-    pub fn new(shards: usize) -> Arc<Hub> {
-        Arc::new(Hub { shards, topics: Mutex::default() })
+    pub fn new() -> Arc<Hub> {
+        Arc::new(Hub { topics: Mutex::default() })
     }
 
     fn topics(&self) -> MutexGuard<'_, [Topics; 3]> {
@@ -185,6 +184,28 @@ impl Hub {
         own.map(|(name, _)| name.clone()).collect()
     }
 
+    /// The shard map has changed: channels whose homes moved are subscribed to at the new ones. Patterns are subscribed to by
+    /// the connection that a new shard gets.
+    pub fn move_homes(&self, listeners: &HashMap<usize, Arc<Link>>, home: impl Fn(&[u8]) -> usize) {
+        let mut topics = self.topics();
+        for kind in [Kind::Channel, Kind::Shard] {
+            let moved = topics[kind as usize].iter_mut().filter_map(|(name, topic)| {
+                let (before, now) = (topic.home?, home(name));
+                (before != now).then_some((name, topic, before, now))
+            });
+            for (name, topic, before, now) in moved {
+                topic.home = Some(now);
+                for (number, word) in [(now, kind.subscribe()), (before, kind.unsubscribe())] {
+                    if let Some(link) = listeners.get(&number) {
+                        let mut raw = BytesMut::new();
+                        put_request(&mut raw, &[Bytes::from_static(word.as_bytes()), name.clone()]);
+                        drop(link.submit(&raw, 0));
+                    }
+                }
+            }
+        }
+    }
+
     /// A new connection to a shard knows nothing: everything is subscribed to again.
     pub fn opened(&self, shard: usize, link: &Link) {
         let topics = self.topics();
@@ -203,7 +224,7 @@ impl Hub {
 
     pub fn lost(&self, shard: usize) {
         if !self.is_silent() {
-            tracing::info!(shard, of = self.shards, "subscriptions are interrupted");
+            tracing::info!(shard, "subscriptions are interrupted");
         }
     }
 
@@ -257,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_subscriber_that_does_not_read_is_given_up_and_hurts_nobody() {
-        let hub = Hub::new(1);
+        let hub = Hub::new();
         let (slow, quick) =
             (Inbox::new(1, Protocol::Resp2, Box::new(|| ())), Inbox::new(2, Protocol::Resp3, Box::new(|| ())));
         let name = Bytes::from_static(b"goflow:events:a");

@@ -22,6 +22,7 @@ use bytes::{Bytes, BytesMut};
 use dashmap::DashMap;
 
 use crate::command::ordinary::{Keys, Row};
+use crate::dispatch::lane::Lane;
 use crate::dispatch::{Dispatcher, ShardMap, router};
 use crate::error::{Code, Error, Result};
 use crate::resp::reply::{Protocol, Reply, put_bulk, put_header};
@@ -48,8 +49,8 @@ pub struct Forwarding {
     /// Most bytes of replies to one request, and of those that wait for one client.
     pub reply_bytes_max: usize,
     pub hub: Arc<Hub>,
-    map: Arc<ShardMap>,
-    parks: Vec<OnceLock<Arc<Park>>>,
+    /// By the number of the shard's lane.
+    parks: DashMap<usize, Arc<Park>>,
     /// Where the keys of commands stand that only the servers know; `None`: not to be forwarded.
     learned: DashMap<Vec<u8>, Option<Keys>>,
 }
@@ -61,17 +62,13 @@ impl Forwarding {
         together: Vec<Vec<String>>,
         reply_bytes_max: usize,
     ) -> Arc<Forwarding> {
-        let map = dispatcher.map();
-        let parks = map.lanes.iter().map(|_| OnceLock::new()).collect();
-        let hub = Hub::new(map.lanes.len());
         Arc::new(Forwarding {
             dispatcher,
             allowed,
             together,
             reply_bytes_max,
-            hub,
-            map,
-            parks,
+            hub: Hub::new(),
+            parks: DashMap::new(),
             learned: DashMap::new(),
         })
     }
@@ -85,17 +82,25 @@ impl Forwarding {
         }
     }
 
-    /// Where clients wait for keys of a shard; its connection is opened by the first that does.
-    fn park(&self, shard: usize) -> &Arc<Park> {
-        self.parks[shard].get_or_init(|| {
-            let lane = &self.map.lanes[shard];
-            Park::new(shard, lane.name().clone(), lane.shard().keyspace(), self.hub.clone())
-        })
+    /// Follows the shard map until the process ends: subscriptions move to where their channels have their homes.
+    pub async fn follow(self: Arc<Self>) {
+        let mut changes = self.dispatcher.changes();
+        while changes.changed().await.is_ok() {
+            let ways = Ways::of_thread(&self);
+            self.parks.retain(|number, _| ways.ways.iter().any(|way| way.number == *number));
+            if !self.hub.is_silent() {
+                let listeners =
+                    (0..ways.shards()).filter_map(|at| Some((ways.number(at), ways.park(at).listener()?.clone())));
+                self.hub.move_homes(&listeners.collect(), |channel| ways.number(ways.home(channel)));
+            }
+        }
     }
 }
 
 /// One shard, as one thread reaches it.
 struct Way {
+    /// That of its lane.
+    number: usize,
     name: Arc<str>,
     keyspace: Keyspace,
     /// One for each protocol.
@@ -107,7 +112,9 @@ struct Way {
 /// One thread's ways to every shard.
 pub struct Ways {
     pub shared: Arc<Forwarding>,
-    ways: Vec<Way>,
+    map: Arc<ShardMap>,
+    /// In the order of the map.
+    ways: Vec<Arc<Way>>,
 }
 
 thread_local! {
@@ -117,21 +124,46 @@ thread_local! {
 impl Ways {
     /// The ways of the current thread.
     pub fn of_thread(shared: &Arc<Forwarding>) -> Arc<Ways> {
-        WAYS.with_borrow_mut(|known| match known {
-            Some(ways) if Arc::ptr_eq(&ways.shared, shared) => ways.clone(),
-            _ => {
-                let lanes = shared.map.lanes.iter();
-                let ways = lanes.map(|lane| Way {
-                    name: lane.name().clone(),
-                    keyspace: lane.shard().keyspace(),
-                    links: Default::default(),
-                    dedicated: Default::default(),
-                });
-                let ways = Arc::new(Ways { shared: shared.clone(), ways: ways.collect() });
+        WAYS.with_borrow_mut(|known| match &*known {
+            Some(ways) if Arc::ptr_eq(&ways.shared, shared) && ways.is_current() => ways.clone(),
+            before => {
+                let map = shared.dispatcher.map();
+                let kept = before.as_ref().map_or_else(Vec::new, |before| before.ways.clone());
+                let way = |lane: &Arc<Lane>| {
+                    let known = kept.iter().find(|way| way.number == lane.index());
+                    known.cloned().unwrap_or_else(|| {
+                        Arc::new(Way {
+                            number: lane.index(),
+                            name: lane.name().clone(),
+                            keyspace: lane.shard().keyspace(),
+                            links: Default::default(),
+                            dedicated: Default::default(),
+                        })
+                    })
+                };
+                let ways = map.lanes.iter().map(way).collect();
+                let ways = Arc::new(Ways { shared: shared.clone(), map, ways });
                 *known = Some(ways.clone());
                 ways
             }
         })
+    }
+
+    /// Whether they are those of the present map.
+    pub fn is_current(&self) -> bool {
+        self.map.version() == self.shared.dispatcher.version()
+    }
+
+    /// The number of a shard's lane, which outlives the map.
+    pub fn number(&self, shard: usize) -> usize {
+        self.ways[shard].number
+    }
+
+    /// Where clients wait for keys of a shard; its connection is opened by the first that does.
+    fn park(&self, shard: usize) -> Arc<Park> {
+        let way = &self.ways[shard];
+        let park = || Park::new(way.number, way.name.clone(), way.keyspace.clone(), self.shared.hub.clone());
+        self.shared.parks.entry(way.number).or_insert_with(park).clone()
     }
 
     pub fn shards(&self) -> usize {
@@ -144,7 +176,7 @@ impl Ways {
 
     /// The shard that owns a key.
     pub fn home(&self, key: &[u8]) -> usize {
-        if self.ways.len() == 1 { 0 } else { self.shared.map.home_index(self.shared.tag(key)) }
+        if self.ways.len() == 1 { 0 } else { self.map.home_place(self.shared.tag(key)) }
     }
 
     /// The shard of all keys of a request, and the first where it has none.

@@ -371,7 +371,7 @@ impl Waiter {
 
     /// Stands in line for every key. Done when the request is started, so that the order is that of the requests.
     fn stand(&self) -> Standing {
-        let keys = self.keys.iter().map(|(shard, key, _)| (self.ways.shared.park(*shard).clone(), key.clone()));
+        let keys = self.keys.iter().map(|(shard, key, _)| (self.ways.park(*shard), key.clone()));
         Standing::join(keys.collect())
     }
 

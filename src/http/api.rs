@@ -92,7 +92,7 @@ pub async fn answer(request: Request<Incoming>, site: &Site) -> Answer {
 }
 
 fn authenticate(request: &Request<Incoming>, process: &Process) -> Result<()> {
-    if !process.auth.is_needed() {
+    if !process.settings().auth.is_needed() {
         return Ok(());
     }
     let header = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
@@ -102,14 +102,14 @@ fn authenticate(request: &Request<Incoming>, process: &Process) -> Result<()> {
     };
     let colon = basic.iter().position(|byte| *byte == b':').unwrap_or(basic.len());
     let (user, password) = (&basic[..colon], basic.get(colon + 1..).unwrap_or_default());
-    process.auth.check(if user.is_empty() { b"default" } else { user }, password)
+    process.settings().auth.check(if user.is_empty() { b"default" } else { user }, password)
 }
 
 /// Starts a command; what it submits is in its lanes when this returns.
 pub(super) fn start(words: &[Bytes], process: &Arc<Process>) -> execute::Answer {
-    let context = Context { protocol: Protocol::Resp3, client_id: 0, limits: process.limits.clone() };
+    let context = Context { protocol: Protocol::Resp3, client_id: 0, limits: process.settings().limits.clone() };
     // Requests of HTTP have no order among themselves, so they share the session that keeps none.
-    let asker = Asker { session: 0, block_ms_max: process.limits.block_ms_max };
+    let asker = Asker { session: 0, block_ms_max: process.settings().limits.block_ms_max };
     match command::find(words).and_then(|row| row.plan(words, &context)) {
         Err(error) => execute::Answer::reply(error.into()),
         Ok(Plan::Ask(ask)) => process.answer(ask),
@@ -139,7 +139,7 @@ async fn enqueue(queue: &str, request: Request<Incoming>, process: &Arc<Process>
         kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json"))
     });
     let query: Vec<(String, String)> = request.uri().query().map(read_query).unwrap_or_default();
-    let bytes_max = process.bounds.request_bytes_max;
+    let bytes_max = process.settings().bounds.request_bytes_max;
     let body = Limited::new(request.into_body(), bytes_max).collect().await;
     let body =
         body.map_err(|_| Error::new(Code::TooBig, format!("the body has more than {bytes_max} bytes")))?.to_bytes();
@@ -159,7 +159,7 @@ async fn enqueue(queue: &str, request: Request<Incoming>, process: &Arc<Process>
 
 /// All are checked before one is sent; then each stands for itself.
 async fn enqueue_many(queue: &str, jobs: Vec<Value>, process: &Arc<Process>) -> Result<Answer> {
-    let most = process.limits.batch_jobs_max;
+    let most = process.settings().limits.batch_jobs_max;
     if jobs.len() > most {
         return Err(Error::new(Code::TooBig, format!("{} jobs, the limit is {most}", jobs.len())));
     }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use super::keys::{self, Shared};
 use super::state::State;
 use super::state::rows::{Key, Rows, Table, Visit};
-use super::{Applied, BoxFuture, Health, Keys, OnChange, OnWake, Op, Rules, Shard, Stamp, Unit};
+use super::{Applied, BoxFuture, Health, Keyed, Keys, OnChange, OnWake, Op, Rules, Shard, Stamp, Unit};
 use crate::clock::{self, UnixMs};
 use crate::error::{Error, Happened, Result};
 use crate::job::Name;
@@ -48,6 +48,10 @@ impl Shard for Memory {
         Box::pin(std::future::ready(self.with(|state| Ok(state.queues()))))
     }
 
+    fn objects(&self) -> BoxFuture<'_, Result<Vec<(Keyed, Name)>>> {
+        Box::pin(std::future::ready(self.with(|state| Ok(state.objects()))))
+    }
+
     fn watch(&self, _: OnWake) {}
 
     fn probe(&self) -> BoxFuture<'_, Result<Health>> {
@@ -83,6 +87,14 @@ impl Shard for Memory {
 
     fn notes(&self, role: &'static str) -> BoxFuture<'_, Result<Vec<(String, Bytes)>>> {
         Box::pin(std::future::ready(self.with(|state| state.notes(role))))
+    }
+
+    fn set_rules(&self, rules: Rules) {
+        // A state that a panic left is used no more, by whatever rules.
+        let _ = self.with(|state| {
+            state.set_rules(rules);
+            Ok(())
+        });
     }
 
     fn keyspace(&self) -> super::Keyspace {
@@ -143,6 +155,7 @@ impl Rows for MapRows {
                     | (Table::Objects, Key::Object(..))
                     | (Table::Deaths, Key::Deaths(..))
                     | (Table::Notes, Key::Note(..))
+                    | (Table::Travels, Key::Travel(_))
             )
         };
         self.0.iter().filter(|(key, _)| is_in(key)).try_for_each(|(key, row)| visit(key.clone(), row.clone()))

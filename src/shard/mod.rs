@@ -62,6 +62,14 @@
 //!   fingerprint ([`fingerprint`]) are one [`DeathGroup`], at most [`OUTBOX_GROUPS_MAX`] a queue; what is more is in
 //!   the group [`OTHER_DEATHS`]. A group is born with its first death and only counts up, until it is settled.
 //!
+//! - A job travels to another shard in three steps, each of which may be repeated: DEPART takes a batch of waiting or dead jobs
+//!   out of their order (they are in no state's count or page, nothing is delivered, expires or is changed, and each is
+//!   still found by its id in the state it had), ARRIVE adds them there, DEPARTED removes them here. One batch of a queue
+//!   is on its way at a time, and its number is higher than those before; what arrives under a number that is not higher than
+//!   the last from that shard has arrived before. Ready jobs arrive at the end of the line.
+//! - A queue that has been told of the version in which homes moved takes no `ID` or `UNIQUE` from who knows only of an
+//!   older one.
+//!
 //! Everything random (lease tokens) comes in with the op and all time is the shard's, so the same ops at the same times
 //! give the same outcomes on every implementation.
 
@@ -93,6 +101,11 @@ pub const PAGE_JOBS_MAX: usize = 1_000;
 pub const SESSION_LEASES_SEEN: usize = 100;
 
 pub use outbox::{DeathGroup, DeathMark, OTHER_DEATHS, OUTBOX_CHANNELS_MAX, OUTBOX_GROUPS_MAX, fingerprint};
+
+/// A batch on its way to another shard takes no further jobs once it has so many bytes.
+pub const TRAVEL_BYTES_MAX: usize = 4 << 20;
+/// Jobs that are looked at together on the way there.
+pub const TRAVEL_STEP: usize = 16;
 
 /// How long and how many jobs that are over are kept, per queue and shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,9 +150,10 @@ pub enum Keyed {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Deed {
     /// Makes `token` a holder for so long while there are fewer than `limit`; one that holds already keeps its fence and
-    /// gets the new end. `waits`: who asks will ask again and wants to hear when another lets go. [`Outcome::Granted`] or
+    /// gets the new end. `waits`: who asks will ask again and wants to hear when another lets go. `moved_in`: the version of
+    /// the shard map in which locks moved last; a new fence is above [`fence_floor`] of it. [`Outcome::Granted`] or
     /// [`Outcome::NotFree`]
-    Acquire { token: u64, limit: u32, ttl_ms: Millis, owner: Bytes, waits: bool },
+    Acquire { token: u64, limit: u32, ttl_ms: Millis, owner: Bytes, waits: bool, moved_in: u64 },
     /// [`Outcome::Count`] 1, or 0 when the token holds nothing.
     Release { token: u64 },
     /// Moves the end to now + `ttl_ms`. [`Outcome::Count`] 1, or 0 when the token holds nothing.
@@ -198,6 +212,12 @@ pub struct LimitView {
     pub waiting: u64,
     /// Jobs in the line; 0 when deliveries are paused.
     pub ready: u64,
+}
+
+/// What every fence is above that is granted after locks moved in this version of the shard map: the home that a lock had
+/// before has given out none so high.
+pub fn fence_floor(moved_in: u64) -> u64 {
+    moved_in.min(1 << 20) << 32
 }
 
 /// Who holds a keyed object, and for how much longer.
@@ -299,6 +319,16 @@ pub enum Action {
     OutboxTold { channel: Bytes, marks: Vec<DeathMark> },
     /// Takes the groups out that have exactly these deaths; one that has more stays. [`Outcome::Done`]
     OutboxSettle { marks: Vec<DeathMark> },
+    /// Which job holds one of these, if any; from now on nobody who knows of older homes gets them here.
+    /// [`Outcome::Enqueued`] with one or none
+    Seek { id: Option<Bytes>, unique: Option<Bytes>, homes_since: u64 },
+    /// Takes up to `count` ready, scheduled or dead jobs out of their order, oldest first, for [`TRAVEL_BYTES_MAX`]; `route` is
+    /// kept with them. While a batch is on its way, that one. [`Outcome::Departing`]
+    Depart { state: JobState, count: u64, route: Bytes },
+    /// Adds a batch of another shard's jobs. [`Outcome::Count`]: 0 when it is here already.
+    Arrive { source: Bytes, number: u64, jobs: Arc<Vec<JobView>> },
+    /// Removes a batch that has arrived. [`Outcome::Count`]
+    Departed { number: u64 },
     /// On a lock or semaphore instead of a queue; it has no [`Effect`].
     Keyed { kind: Keyed, deed: Deed },
 }
@@ -310,6 +340,16 @@ pub enum Placed {
     Added(u64),
     /// Nothing was added: this job holds the `ID` or the `UNIQUE` key.
     Held { seq: u64, chosen: Option<Bytes> },
+    /// Nothing was added: homes have moved since, and this may be the wrong shard for it.
+    Outdated,
+}
+
+/// A batch of jobs on their way to other shards. Number 0, and no jobs: there are none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Departure {
+    pub number: u64,
+    pub route: Bytes,
+    pub jobs: Vec<JobView>,
 }
 
 /// The counters of a queue on one shard, since the shard first saw the queue, and how many jobs are in each state.
@@ -384,6 +424,9 @@ pub enum Outcome {
         fence: u64,
         holders: Vec<Holder>,
     },
+    Departing(Departure),
+    /// The job is on its way to another shard; nothing was done.
+    OnItsWay,
     LeaseLost,
     NoSuchJob,
 }
@@ -437,6 +480,8 @@ pub enum Wake {
     Deaths(Name),
     /// A holder let go of an object for which somebody waited.
     Freed(Keyed, Name),
+    /// The shard was stamped with a newer map.
+    Map,
     /// Wake-ups may have been missed: every queue counts as not empty and every object as free.
     Missed,
 }
@@ -454,6 +499,11 @@ pub trait Shard: Send + Sync + 'static {
     /// The names of the queues that the shard has ever seen, sorted.
     fn queues(&self) -> BoxFuture<'_, Result<Vec<Name>>>;
 
+    /// The locks and semaphores that something is known of; a shard that cannot tell names none.
+    fn objects(&self) -> BoxFuture<'_, Result<Vec<(Keyed, Name)>>> {
+        Box::pin(async { Ok(Vec::new()) })
+    }
+
     /// From now on calls `on_wake` for each queue that becomes non-empty and each awaited object that is freed. An implementation whose only writer is this
     /// process need not call it: the effects of its batches say the same.
     fn watch(&self, on_wake: OnWake);
@@ -461,8 +511,10 @@ pub trait Shard: Send + Sync + 'static {
     /// Asks the backend who and how it is. Also reconnects where that is needed.
     fn probe(&self) -> BoxFuture<'_, Result<Health>>;
 
-    /// Stamps the shard on first use with the deployment's and its own name and stores the shard map's version; an error
+    /// Stamps the shard on first use with the deployment's and its own name and stores the shard map and its version; an error
     /// says why the shard must not be used: another stamp, another shard's name, or a map that is newer or not the same.
+    /// Compares and writes as one, so that of two maps under one version the first that a shard bears is its only one.
+    /// Those who watch hear of a newer map by [`Wake::Map`].
     fn claim(&self, stamp: Stamp) -> BoxFuture<'_, Result<()>>;
 
     /// The stamp that the shard bears, if any; changes nothing. For `goflow check`.
@@ -487,6 +539,9 @@ pub trait Shard: Send + Sync + 'static {
 
     /// The notes of a role, by their names.
     fn notes(&self, role: &'static str) -> BoxFuture<'_, Result<Vec<(String, Bytes)>>>;
+
+    /// Goes by other rules from the next batch on.
+    fn set_rules(&self, rules: Rules);
 
     /// What takes the shard's ordinary commands.
     fn keyspace(&self) -> Keyspace {

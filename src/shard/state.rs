@@ -13,6 +13,7 @@
 //!     ├ Sessions  worker sessions and what hangs on them            session.rs
 //!     ├ Job    header, detail, record                               job.rs
 //!     └ Rows   what is kept                                         rows.rs
+//! Travel   jobs on their way between shards                        travel.rs
 //! ```
 //!
 //! A job that waits as its enqueue left it has no entry of its own, only its bits in the line (two bits each), so a million
@@ -28,7 +29,7 @@ use std::collections::hash_map::Entry;
 use crate::clock::UnixMs;
 use crate::error::{Error, Result};
 use crate::job::{Name, flag};
-use crate::shard::{Action, Applied, DeathGroup, Op, Rules, Stamp};
+use crate::shard::{Action, Applied, DeathGroup, Keyed, Op, Rules, Stamp};
 
 mod group;
 mod job;
@@ -40,6 +41,7 @@ mod outbox;
 mod queue;
 pub mod rows;
 mod session;
+mod travel;
 mod turn;
 
 use job::{Job, Record, broken};
@@ -47,6 +49,7 @@ use keyed::Objects;
 use limit::Share;
 use queue::{Hold, Queue};
 use rows::{Key, Rows, Table};
+use travel::Travel;
 use turn::Turn;
 
 pub struct State<R> {
@@ -90,11 +93,19 @@ impl<R: Rows> State<R> {
             }),
             _ => Ok(()),
         })?;
+        // Before the jobs: one on its way stands in no order.
+        rows.each(Table::Travels, &mut |key, row| match key {
+            Key::Travel(number) => queue_of(number, &mut |queue| {
+                queue.travel = Travel::decode(row.clone())?;
+                Ok(())
+            }),
+            _ => Ok(()),
+        })?;
         rows.each(Table::Jobs, &mut |key, row| match key {
             Key::Job(number, seq) => queue_of(number, &mut |queue| {
                 let job = Job::decode(&row)?;
                 // The record alone knows the group.
-                if !job.has(flag::GROUP) {
+                if !job.has(flag::GROUP) && !queue.travel.is_on_its_way(seq) {
                     queue.enter(seq, &job);
                 }
                 queue.jobs.insert(seq, job);
@@ -180,6 +191,15 @@ impl<R: Rows> State<R> {
         names
     }
 
+    pub fn set_rules(&mut self, rules: Rules) {
+        self.rules = rules;
+    }
+
+    /// The locks and semaphores that something is known of.
+    pub fn objects(&self) -> Vec<(Keyed, Name)> {
+        self.objects.names()
+    }
+
     /// The stamp that the shard has.
     pub fn stamp(&self) -> Result<Option<Stamp>> {
         let Some(row) = self.rows.get(&Key::Stamp)? else { return Ok(None) };
@@ -233,7 +253,10 @@ fn load_record(queue: &mut Queue, seq: u64, row: &Bytes) -> Result<()> {
     if let Some(mut job) = queue.jobs.remove(&seq) {
         if job.has(flag::GROUP) {
             job.member = record.member();
-            queue.enter(seq, &job);
+            match queue.travel.is_on_its_way(seq) {
+                true => queue.keep_turn(&job),
+                false => queue.enter(seq, &job),
+            }
         }
         queue.jobs.insert(seq, job);
     }
@@ -335,6 +358,11 @@ mod tests {
                 let party = Party { session: key("s", a % 2), run_ms: b % 200, leases: vec![lease] };
                 Action::Keep { keeper: b % 2, keep_ms: a % 3 * 40, parties: vec![party] }
             }
+            19 => {
+                Action::Depart { state: JobState::ALL[[0, 1, 3][(a % 3) as usize]], count: b % 4, route: key("r", b) }
+            }
+            20 => Action::Departed { number: a % 40 },
+            21 => Action::Seek { id: Some(key("id", b % 4)), unique: None, homes_since: a % 3 },
             _ => Action::Tick,
         }
     }
@@ -357,8 +385,8 @@ mod tests {
             return;
         };
         assert_eq!(
-            (one.counter, one.ended, &one.unique, &one.ids),
-            (other.counter, other.ended, &other.unique, &other.ids)
+            (one.counter, one.ended, &one.unique, &one.ids, &one.travel),
+            (other.counter, other.ended, &other.unique, &other.ids, &other.travel)
         );
         assert_eq!((&one.expiring, one.due_at()), (&other.expiring, other.due_at()));
         assert_eq!(one.sessions, other.sessions);
@@ -371,7 +399,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_state_that_is_loaded_is_the_one_that_was_left(
-            steps in proptest::collection::vec((0u64..60, proptest::collection::vec((0u8..20, any::<u64>(), any::<u64>()), 1..5)), 1..40),
+            steps in proptest::collection::vec((0u64..60, proptest::collection::vec((0u8..23, any::<u64>(), any::<u64>()), 1..5)), 1..40),
         ) {
             let queue = Name::parse(b"main").unwrap();
             let mut state = State::new(MapRows::default(), RULES);

@@ -10,7 +10,14 @@ use super::trial::Trial;
 use super::{Keeper, cases};
 
 fn acquire(token: u64, limit: u32, ttl_ms: u64) -> Deed {
-    Deed::Acquire { token, limit, ttl_ms, owner: Bytes::from(format!("owner {token}")), waits: token.is_multiple_of(2) }
+    Deed::Acquire {
+        token,
+        limit,
+        ttl_ms,
+        owner: Bytes::from(format!("owner {token}")),
+        waits: token.is_multiple_of(2),
+        moved_in: 0,
+    }
 }
 
 async fn on(trial: &mut Trial, kind: Keyed, deed: Deed) -> Outcome {
@@ -193,7 +200,26 @@ async fn a_lock_works_on_after_the_scripts_are_forgotten(keeper: &Keeper) {
     assert_eq!(lock(&mut trial, Deed::Release { token: 1 }).await, Outcome::Count(1));
 }
 
+async fn a_fence_is_above_those_of_the_home_before(keeper: &Keeper) {
+    let mut trial = keeper.open().await;
+    let moved = |token, moved_in| Action::Keyed {
+        kind: Keyed::Lock,
+        deed: Deed::Acquire { token, limit: 1, ttl_ms: 10, owner: Bytes::new(), waits: false, moved_in },
+    };
+    let fence = |moved_in: u64, nth: u64| Outcome::Granted { fence: (moved_in << 32) + nth };
+    assert_eq!(trial.one(moved(1, 0)).await, fence(0, 1));
+    trial.advance(10);
+    assert_eq!(trial.one(moved(2, 7)).await, fence(7, 1));
+    trial.advance(10);
+    assert_eq!(trial.one(moved(3, 7)).await, fence(7, 2));
+    trial.advance(10);
+    assert_eq!(trial.one(moved(4, 2)).await, fence(7, 3), "who knows of less does not lower it");
+    let named = trial.shard.objects().await.unwrap();
+    assert!(named.is_empty() || named == [(Keyed::Lock, trial.queue.clone())], "a cluster cannot tell");
+}
+
 cases![
+    a_fence_is_above_those_of_the_home_before,
     a_lock_has_one_holder_until_it_lets_go,
     a_lock_is_free_when_its_time_is_up_by_the_shards_clock,
     a_wrong_token_changes_nothing,

@@ -19,6 +19,7 @@ mod pages;
 mod servers;
 mod sessions;
 mod time;
+mod travel;
 pub mod trial;
 mod verdicts;
 

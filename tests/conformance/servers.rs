@@ -4,7 +4,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use super::trial::Home;
-use super::{Case, dead, delivery, groups, keys, life, limits, locks, outbox, pages, run, sessions, time, verdicts};
+use super::{
+    Case, dead, delivery, groups, keys, life, limits, locks, outbox, pages, run, sessions, time, travel, verdicts,
+};
 use crate::support::servers::{Cluster, Flavour, Sentinels};
 
 fn suite() -> impl Iterator<Item = &'static Case> {
@@ -21,6 +23,7 @@ fn suite() -> impl Iterator<Item = &'static Case> {
         groups::CASES,
         sessions::CASES,
         limits::CASES,
+        travel::CASES,
     ];
     files.into_iter().flatten()
 }

@@ -120,6 +120,11 @@ impl Goflow {
         self.address = wait_for_address(&self.process);
     }
 
+    /// SIGHUP.
+    pub fn hangup(&self) {
+        self.process.signal("HUP");
+    }
+
     /// SIGTERM, and its exit status once it has drained.
     pub fn terminate(&mut self) -> ExitStatus {
         self.process.signal("TERM");

@@ -15,7 +15,7 @@ use crate::clock::UnixMs;
 use crate::error::{Error, Result};
 use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Spec, TEXT_BYTES_MAX};
 use crate::shard::{
-    Action, BULK_JOBS_MAX, DeathGroup, DeathMark, Deed, Effect, Keyed, LimitDeed, LimitView, Op, Outcome,
+    Action, BULK_JOBS_MAX, DeathGroup, DeathMark, Deed, Departure, Effect, Keyed, LimitDeed, LimitView, Op, Outcome,
     PAGE_JOBS_MAX, Placed, QueueLimits, RATE_STEPS, Rate, Rules, SessionView, Start, Stats, TICK_JOBS_MAX,
 };
 
@@ -96,6 +96,10 @@ pub fn is_repeatable(action: &Action) -> bool {
             | Action::Outbox
             | Action::OutboxTold { .. }
             | Action::OutboxSettle { .. }
+            | Action::Seek { .. }
+            | Action::Depart { .. }
+            | Action::Arrive { .. }
+            | Action::Departed { .. }
             | Action::Keyed { deed: Deed::Acquire { .. } | Deed::Renew { .. } | Deed::Show, .. }
     )
 }
@@ -107,6 +111,9 @@ pub fn check(action: &Action) -> Result<()> {
             if payloads.len() != 1 && (policy.id.is_some() || policy.unique.is_some()) =>
         {
             Err(Error::bad("ID and UNIQUE are for one job, not for many"))
+        }
+        Action::Depart { state, .. } if state.is_over() || *state == JobState::Leased => {
+            Err(Error::bad("only jobs that wait or are dead go to another shard"))
         }
         _ => Ok(()),
     }
@@ -125,6 +132,8 @@ impl Part {
             Action::Enqueue { payloads, .. } => !payloads.is_empty(),
             Action::Pause { paused } => *paused,
             Action::Limit(deed) => *deed != LimitDeed::Look,
+            Action::Seek { homes_since, .. } => *homes_since > 0,
+            Action::Arrive { .. } => true,
             _ => false,
         };
         match (action, self.runs.last_mut()) {
@@ -417,6 +426,7 @@ fn put_jobs(command: &mut Cmd, scratch: &mut BytesMut, action: &Action, is_speci
             };
             scratch.put_u8(mode);
             put_short(scratch, when);
+            put_short(scratch, policy.homes_since);
             put_bytes(scratch, policy.id.as_deref().unwrap_or_default());
             put_bytes(scratch, policy.unique.as_ref().map_or(&[][..], |(key, _)| key));
             if let Some((_, span)) = &policy.unique {
@@ -610,10 +620,45 @@ fn put_one(command: &mut Cmd, scratch: &mut BytesMut, action: &Action) {
         Action::Sessions { offset, count } => {
             command.arg("w").arg(*offset.min(&PAGE_MAX)).arg(*count.min(&(PAGE_JOBS_MAX as u64)));
         }
+        Action::Seek { id, unique, homes_since } => {
+            scratch.clear();
+            put_short(scratch, *homes_since);
+            put_bytes(scratch, id.as_deref().unwrap_or_default());
+            put_bytes(scratch, unique.as_deref().unwrap_or_default());
+            command.arg("q").arg(&scratch[..]);
+        }
+        Action::Depart { state, count, route } => {
+            command.arg("d").arg(state_char(*state)).arg(*count.min(&(BULK_JOBS_MAX as u64))).arg(&route[..]);
+        }
+        Action::Arrive { source, number, jobs } => {
+            command.arg("W").arg(&source[..]).arg(*number).arg(jobs.len());
+            jobs.iter().for_each(|job| put_traveller(command, scratch, job));
+        }
+        Action::Departed { number } => {
+            command.arg("z").arg(*number);
+        }
         Action::Tick | Action::Enqueue { .. } | Action::Lease { .. } | Action::Ack { .. } | Action::Keyed { .. } => {
             command.arg("t");
         }
     }
+}
+
+/// A job that comes from another shard: its whole record, and what has happened to it.
+fn put_traveller(command: &mut Cmd, scratch: &mut BytesMut, job: &JobView) {
+    scratch.clear();
+    scratch.put_slice(format!("{:013}", job.enqueued_at).as_bytes());
+    job.spec.encode_into(scratch);
+    command.arg(&scratch[..]);
+    scratch.clear();
+    scratch.put_u8(if job.is_fresh() { b'F' } else { state_char(job.state).as_bytes()[0] });
+    scratch.put_u32(job.attempt.saturating_sub(1));
+    scratch.put_u32(job.lapses);
+    scratch.put_u32(job.redrives);
+    put_short(scratch, job.due_at.or(job.finished_at).unwrap_or(0));
+    put_short(scratch, job.started_at.unwrap_or(0));
+    scratch.put_u8(job.progress.unwrap_or(u8::MAX));
+    [&job.worker, &job.error, &job.trace, &job.progress_text].iter().for_each(|text| put_bytes(scratch, text));
+    command.arg(&scratch[..]);
 }
 
 pub fn list(value: Value) -> Option<Vec<Value>> {
@@ -657,7 +702,7 @@ fn read_record(record: Bytes) -> Option<(UnixMs, Spec)> {
 
 fn read_placed(value: Value) -> Option<Placed> {
     if let Some(seq) = int(&value) {
-        return Some(Placed::Added(seq as u64));
+        return Some(if seq == 0 { Placed::Outdated } else { Placed::Added(seq as u64) });
     }
     let mut held = list(value)?.into_iter();
     let seq = int(&held.next()?)? as u64;
@@ -816,10 +861,21 @@ fn read_one(action: &Action, value: Value, now: UnixMs) -> Option<Outcome> {
             let moved = list(value)?;
             Outcome::Moved { count: int(moved.first()?)? as u64, next: u64::try_from(int(moved.get(1)?)?).ok() }
         }
+        (Action::Seek { .. }, value) => {
+            Outcome::Enqueued(list(value)?.into_iter().map(read_placed).collect::<Option<_>>()?)
+        }
+        (Action::Depart { .. }, value) => {
+            let mut parts = list(value)?.into_iter();
+            let Some(number) = parts.next() else { return Some(Outcome::Departing(Departure::default())) };
+            let (number, route) = (int(&number)? as u64, text(parts.next()?)?);
+            let jobs = list(parts.next()?)?.into_iter().map(read_view).collect::<Option<_>>()?;
+            Outcome::Departing(Departure { number, route, jobs })
+        }
         (_, Value::BulkString(word)) => match word.first()? {
             b'O' => Outcome::Done,
             b'N' => Outcome::NoSuchJob,
             b'!' => Outcome::LeaseLost,
+            b'W' => Outcome::OnItsWay,
             state => Outcome::State(read_state(*state)?),
         },
         (Action::Extend { .. }, value) => Outcome::Until(int(&value)? as u64),

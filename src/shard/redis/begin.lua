@@ -14,7 +14,9 @@
 --   scheduled, leased, expiring, dead      zsets of seqs by due time, lease end, end of ttl, time of death
 --   held       hash     "i" id -> seq; "u" unique key -> seq and the time until which it is held (0: no end);
 --                       "g" group -> how many of its jobs have a turn; "s" session -> its number, since when (6
---                       each), then for each who keeps it keeper and end (6 each)
+--                       each), then for each who keeps it keeper and end (6 each);
+--                       "b" shard -> number of the last batch of jobs that came from it;
+--                       "h" -> the version in which homes moved last, as far as the queue was told
 --   blocked    zset     ready jobs that wait for a turn of their group, all of score 0: group (2 and bytes),
 --                       1000 - priority (2), place (6), seq (6), the job's bound (4)
 --   sessions   zset     worker sessions by their ends
@@ -24,6 +26,7 @@
 --                       (6 each); "l" the ledger's version (6) and text
 --   completed, cancelled, expired          lists of the seqs that are kept, oldest first
 --   outbox     hash     key of a group of deaths -> its row, as `src/shard/outbox.rs` lays it out
+--   moving     hash     jobs on their way to another shard: seq -> rank (4), and "" -> number of the batch (6), route
 -- ARGV: the header, then the ops. The answer: {outcomes, ready, load, due (-1: nothing), now, deaths}.
 --
 -- A seq is 6 bytes big-endian, so that members of one score sort by number. A state record:
@@ -40,7 +43,7 @@ local pack, parse = struct.pack, struct.unpack
 local spread = table.unpack or unpack
 local META, JOBS, STATE, READY, RANKED, SCHEDULED, LEASED = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local EXPIRING, DEAD, HELD, COMPLETED, CANCELLED, EXPIRED = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12], KEYS[13]
-local OUTBOX, BLOCKED, SESSIONS, BOUND, LIMITS = KEYS[14], KEYS[15], KEYS[16], KEYS[17], KEYS[18]
+local OUTBOX, BLOCKED, SESSIONS, BOUND, LIMITS, MOVING = KEYS[14], KEYS[15], KEYS[16], KEYS[17], KEYS[18], KEYS[19]
 local META_FORMAT = '<ddddddddddddddddddddddddddddd'
 local META_BYTES = 232
 local TIME_MAX = 281474976710655 -- what 6 bytes hold

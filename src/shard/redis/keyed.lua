@@ -48,7 +48,7 @@ end
 local deeds = {}
 
 function deeds.a(arg)
-  local limit, ttl, waits = parse('>I4I6B', arg, 7)
+  local limit, ttl, waits, moved_in = parse('>I4I6BI4', arg, 7)
   local field = 't' .. sub(arg, 1, 6)
   if not ends[field] then
     if count >= limit then
@@ -64,11 +64,11 @@ function deeds.a(arg)
     end
     count = count + 1
     if is_lock then
-      fence = fence + 1
+      fence = math.max(fence, moved_in * 4294967296) + 1
       call('HSET', OBJECT, 'fence', format('%.0f', fence))
     end
   end
-  hold(field, ttl, sub(arg, 18))
+  hold(field, ttl, sub(arg, 22))
   return fence
 end
 

@@ -11,7 +11,7 @@ use super::Keys;
 use super::batch::{int, list, put_bytes, put_short, text};
 use crate::clock::UnixMs;
 use crate::job::Name;
-use crate::shard::{Deed, Holder, Keyed, Outcome, Wake};
+use crate::shard::{Deed, Holder, Keyed, Outcome, Wake, fence_floor};
 
 /// The script.
 pub const SCRIPT: &str = include_str!("keyed.lua");
@@ -25,6 +25,9 @@ fn mark(kind: Keyed) -> char {
     }
 }
 
+/// The message that the map is another.
+pub const MAP_CHANGED: &str = "#map";
+
 /// What a message on the wake channel says.
 pub fn read_wake(message: &[u8]) -> Wake {
     let freed = |kind: Keyed| {
@@ -34,6 +37,7 @@ pub fn read_wake(message: &[u8]) -> Wake {
     let deaths = || Some(Wake::Deaths(Name::parse(message.strip_prefix(b"*")?).ok()?));
     match Name::parse(message) {
         Ok(queue) => Wake::Queue(queue),
+        Err(_) if message == MAP_CHANGED.as_bytes() => Wake::Map,
         Err(_) => {
             let known = deaths().or_else(|| freed(Keyed::Lock)).or_else(|| freed(Keyed::Semaphore));
             known.unwrap_or(Wake::Missed)
@@ -67,11 +71,12 @@ pub fn command<'a>(
 
 fn put_deed(out: &mut BytesMut, deed: &Deed) -> &'static str {
     match deed {
-        Deed::Acquire { token, limit, ttl_ms, owner, waits } => {
+        Deed::Acquire { token, limit, ttl_ms, owner, waits, moved_in } => {
             put_short(out, *token);
             out.put_u32(*limit);
             put_short(out, *ttl_ms);
             out.put_u8(u8::from(*waits));
+            out.put_u32((fence_floor(*moved_in) >> 32) as u32);
             out.put_slice(owner);
             "a"
         }

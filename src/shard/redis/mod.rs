@@ -33,7 +33,7 @@ use crate::error::{Code, Error, Happened, Result};
 use crate::job::Name;
 
 /// The keys of a queue, by what follows their tag; in the order of the script's `KEYS`.
-const QUEUE_KEYS: [&str; 18] = [
+const QUEUE_KEYS: [&str; 19] = [
     "meta",
     "jobs",
     "state",
@@ -52,6 +52,7 @@ const QUEUE_KEYS: [&str; 18] = [
     "sessions",
     "bound",
     "limits",
+    "moving",
 ];
 
 /// The script of a queue. Locks and semaphores have their own ([`keyed`]).
@@ -141,7 +142,7 @@ struct Link {
 pub struct Redis {
     name: Arc<str>,
     keys: Keys,
-    rules: Rules,
+    rules: SyncMutex<Rules>,
     timeouts: Timeouts,
     home: Arc<Home>,
     live: Mutex<Link>,
@@ -181,7 +182,7 @@ impl Redis {
         Redis {
             name,
             keys: Keys { partition },
-            rules,
+            rules: SyncMutex::new(rules),
             timeouts,
             home,
             live: Mutex::default(),
@@ -260,7 +261,8 @@ impl Redis {
             });
             commands.push(registration);
         }
-        commands.extend(parts.iter().map(|part| part.command(&DIGEST, &self.keys, &self.rules, ops, at)));
+        let rules = *self.rules.lock().unwrap_or_else(PoisonError::into_inner);
+        commands.extend(parts.iter().map(|part| part.command(&DIGEST, &self.keys, &rules, ops, at)));
         let mut answers = live.send(commands, self.timeouts.answer).await;
         if !new_queues.is_empty() {
             match answers.remove(0) {
@@ -372,6 +374,10 @@ impl Shard for Redis {
         Box::pin(self.read_queues())
     }
 
+    fn objects(&self) -> BoxFuture<'_, Result<Vec<(Keyed, Name)>>> {
+        Box::pin(self.read_objects())
+    }
+
     fn watch(&self, on_wake: OnWake) {
         let task = tokio::spawn(connect::watch(self.home.clone(), self.keys.wake(), self.timeouts, on_wake));
         let before = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).replace(task.abort_handle());
@@ -409,6 +415,10 @@ impl Shard for Redis {
 
     fn notes(&self, role: &'static str) -> BoxFuture<'_, Result<Vec<(String, Bytes)>>> {
         Box::pin(self.read_notes(role))
+    }
+
+    fn set_rules(&self, rules: Rules) {
+        *self.rules.lock().unwrap_or_else(PoisonError::into_inner) = rules;
     }
 
     fn keyspace(&self) -> Keyspace {

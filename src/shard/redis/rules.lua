@@ -168,6 +168,11 @@ function make_rules()
     call('HSET', HELD, 'u' .. key, job .. pack('>I6', ends))
   end
 
+  -- A job on its way to another shard stands in no index: nothing may happen to it.
+  local function is_moving(job)
+    return call('HEXISTS', MOVING, job) == 1
+  end
+
   -- Takes a job out of where it waits, runs or lies.
   local function leave(it)
     local state = it.state
@@ -675,7 +680,7 @@ function make_rules()
       return '0'
     end
     local it = find(job)
-    if not it then
+    if not it or is_moving(job) then
       return '0'
     end
     leave(it)
@@ -846,8 +851,15 @@ function make_rules()
     return spread(ARGV, at - count, at - 1)
   end
 
+  -- The version in which homes moved last, as far as the queue was told.
+  local function homes_since()
+    local told = seen(1) and call('HGET', HELD, 'h')
+    return told and parse('>I6', told) or 0
+  end
+
   -- Jobs with something special. ARGV: count, the jobs of each op (4 each), then for each job: what is special, and the record.
-  -- Answers for each the seq, or {seq of the holder, its chosen id or false}, or false where there is no room.
+  -- Answers for each the seq, or {seq of the holder, its chosen id or false}, or false where there is no room,
+  -- or 0 where homes have moved since.
   local function enqueue()
     local placed, count, sizes = {}, arguments(2)
     local nth, left, is_full = 0, 0, false
@@ -858,10 +870,12 @@ function make_rules()
       end
       left = left - 1
       local special, record = arguments(2)
-      local mode, when, id, key = parse('>c1I6I2c0I2c0', special)
+      local mode, when, homes, id, key = parse('>c1I6I6I2c0I2c0', special)
       local span = key ~= '' and parse('>I6', special, #special - 5) or 0
       local holder = id ~= '' and call('HGET', HELD, 'i' .. id) or key ~= '' and holder_of(key)
-      if holder then
+      if (id ~= '' or key ~= '') and homes < homes_since() then
+        placed[i] = 0
+      elseif holder then
         local it = find(holder)
         placed[i] = {parse('>I6', holder), it and keys_of(it) or false}
       elseif is_full then
@@ -962,6 +976,8 @@ function make_rules()
     local it = find(resolve(arguments(1)))
     if not it or KEPT[it.state] then
       return 0
+    elseif is_moving(it.job) then
+      return 'W'
     end
     leave(it)
     M.cancelled = M.cancelled + 1
@@ -1124,12 +1140,10 @@ function make_rules()
     return 'O'
   end
 
-  local function purge()
-    local state, seqs = arguments(1), nil
-    local count = math.min(count_of(state), bulk_max)
-    if count == 0 then
-      return {0, -1}
-    elseif state == 'R' then
+  -- Takes up to `count` jobs of a state out of their index, of which there is at least one. Turns of groups stay taken.
+  local function pull(state, count)
+    local seqs
+    if state == 'R' then
       seqs = rules.take(math.min(count, M.ready))
       M.ready = M.ready - #seqs
       local ranks = #seqs < count and call('ZRANGE', BLOCKED, '0', text(count - #seqs - 1)) or {}
@@ -1149,6 +1163,16 @@ function make_rules()
       send('ZREM', INDEX[state], seqs)
       M[COUNT[state]] = M[COUNT[state]] - #seqs
     end
+    return seqs
+  end
+
+  local function purge()
+    local state = arguments(1)
+    local count = math.min(count_of(state), bulk_max)
+    if count == 0 then
+      return {0, -1}
+    end
+    local seqs = pull(state, count)
     forget(seqs)
     return {#seqs, count_of(state) > 0 and now or -1}
   end
@@ -1206,7 +1230,7 @@ function make_rules()
     local count = 0
     for _ = 1, tonumber(arguments(1)) do
       local it = find(resolve(arguments(1)))
-      if it and it.state == 'D' and redrive(it) then
+      if it and it.state == 'D' and not is_moving(it.job) and redrive(it) then
         count = count + 1
       end
     end
@@ -1238,7 +1262,7 @@ function make_rules()
     local gone = {}
     for _ = 1, tonumber(arguments(1)) do
       local it = find(resolve(arguments(1)))
-      if it and it.state == 'D' then
+      if it and it.state == 'D' and not is_moving(it.job) then
         leave(it)
         forget({it.job})
         gone[#gone + 1] = it.job
@@ -1303,11 +1327,163 @@ function make_rules()
     end)
   end
 
+  ------------------------------------------------------------------------------------------------ jobs that travel
+
+  local function seek()
+    local what = arguments(1)
+    local homes, id, key = parse('>I6I2c0I2c0', what)
+    if homes > homes_since() then
+      call('HSET', HELD, 'h', pack('>I6', homes))
+      if not seen(1) then
+        M.held = M.held + 1
+      end
+    end
+    local holder = id ~= '' and call('HGET', HELD, 'i' .. id) or key ~= '' and holder_of(key)
+    if not holder then
+      return {}
+    end
+    local it = find(holder)
+    return {{parse('>I6', holder), it and keys_of(it) or false}}
+  end
+
+  -- Answers {number, route, views}, or nothing where no batch is on its way.
+  local function depart()
+    local state, most, route = arguments(3)
+    most = math.min(tonumber(most), bulk_max)
+    local stored = call('HGETALL', MOVING)
+    if #stored == 0 then
+      local count, bytes = 0, 0
+      while count < most and bytes < 4194304 and count_of(state) > 0 do
+        local step = pull(state, math.min(16, most - count, count_of(state)))
+        local records = fetch(JOBS, step)
+        for i = 1, #step do
+          bytes = bytes + #records[i]
+          stored[#stored + 1] = step[i]
+          stored[#stored + 1] = pack('>I4', count + i)
+        end
+        count = count + #step
+        if M.ttl > 0 then
+          M.ttl = M.ttl - send('ZREM', EXPIRING, step)
+        end
+      end
+      if count == 0 then
+        return {}
+      end
+      M.seq = M.seq + 1
+      stored[#stored + 1] = ''
+      stored[#stored + 1] = pack('>I6', M.seq) .. route
+      send('HSET', MOVING, stored)
+    end
+    local number, seqs, ranks = 0, {}, {}
+    for i = 1, #stored, 2 do
+      local job, value = stored[i], stored[i + 1]
+      if job == '' then
+        number, route = parse('>I6', value), sub(value, 7)
+      else
+        seqs[#seqs + 1] = job
+        ranks[job] = value
+      end
+    end
+    table.sort(seqs, function(a, b) return ranks[a] < ranks[b] end)
+    local records, states, views = fetch(JOBS, seqs), fetch(STATE, seqs), {}
+    for i = 1, #seqs do
+      views[i] = {seqs[i], records[i], states[i] or ''}
+    end
+    return {number, route, views}
+  end
+
+  local function arrive_one(record, state)
+    local char_is, spent, lapses, redrives, time, started, progress, worker, message, trace, note =
+      parse('>c1I4I4I4I6I6I1I2c0I2c0I2c0I2c0', state)
+    M.seq = M.seq + 1
+    local job = pack('>I6', M.seq)
+    local it = read_head({
+      job = job, token = NOBODY, flags = byte(record, 14) - 64, verdict = '-', answer = '-', place = M.seq, spent = spent,
+      lapses = lapses, redrives = redrives, time = time, started = started, progress = progress, worker = worker,
+      error = message, trace = trace, note = note, result = '', stored = char_is ~= 'F',
+    }, record)
+    local id, key, span = keys_of(it)
+    if id and call('HEXISTS', HELD, 'i' .. id) == 1 then
+      -- Another job has this id here: it gets a new one.
+      record = sub(record, 1, 13) .. char(it.flags + 62) .. sub(record, 15, it.tail - 1) .. sub(record, it.tail + 2 + #id)
+      it.flags, it.record, id = it.flags - 2, record, nil
+    end
+    call('HSET', JOBS, job, record)
+    if (id or key) and not seen(1) then
+      M.held = M.held + 1
+    end
+    if has(it, 8) and not seen(2) then
+      M.held = M.held + 2
+    end
+    if id then
+      call('HSET', HELD, 'i' .. id, job)
+    end
+    if key and char_is ~= 'D' and not holder_of(key) then
+      local ends = span == 0 and 0 or (redrives > 0 and now or it.enqueued) + span
+      if span == 0 or ends > now then
+        call('HSET', HELD, 'u' .. key, job .. pack('>I6', ends <= TIME_MAX and ends or 0))
+      end
+    end
+    if char_is == 'F' then
+      M.ready = M.ready + 1
+      if it.priority == 0 then
+        call('RPUSH', READY, job)
+      else
+        M.ranked = M.ranked + 1
+        call('ZADD', RANKED, text(it.place - it.priority * PLACE_MAX), job)
+      end
+      expire_later(it)
+    elseif char_is == 'S' then
+      it.place = 0
+      make_scheduled(it, time)
+    elseif char_is == 'D' then
+      it.state, it.place = 'D', 0
+      M.dead = M.dead + 1
+      call('ZADD', DEAD, text(time), job)
+      save(it)
+    else
+      make_ready(it)
+    end
+  end
+
+  local function arrive()
+    local source, number, count = arguments(3)
+    number, count = tonumber(number), tonumber(count)
+    local last = call('HGET', HELD, 'b' .. source)
+    if last and parse('>I6', last) >= number then
+      at = at + 2 * count
+      return 0
+    end
+    call('HSET', HELD, 'b' .. source, pack('>I6', number))
+    for _ = 1, count do
+      arrive_one(arguments(2))
+    end
+    return count
+  end
+
+  local function departed()
+    local number = tonumber(arguments(1))
+    local batch = call('HGET', MOVING, '')
+    if not batch or parse('>I6', batch) ~= number then
+      return 0
+    end
+    local fields, seqs = call('HKEYS', MOVING), {}
+    for i = 1, #fields do
+      if fields[i] ~= '' then
+        seqs[#seqs + 1] = fields[i]
+      end
+    end
+    forget(seqs)
+    call('DEL', MOVING)
+    return #seqs
+  end
+
   -- For sessions.lua.
   rules.decode, rules.save, rules.job_of, rules.leave, rules.wait, rules.text = decode, save, job_of, leave, wait, text
 
   rules.ops = {
     o = outbox, T = told, F = settle,
+    q = seek, d = depart, W = arrive, z = departed,
     E = enqueue, h = limit,
     f = fail, r = release, x = extend, p = progress, c = cancel, j = look, g = look_dead, k = peek, s = stats,
     P = pause, u = purge, R = dead_retry, A = dead_retry_all, D = dead_delete,

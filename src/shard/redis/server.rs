@@ -8,21 +8,23 @@ use redis::{Cmd, Value};
 use super::Redis;
 use super::batch::text;
 use super::connect::{Failure, judge};
+use super::keyed::MAP_CHANGED;
 use crate::clock::Millis;
 use crate::error::{Code, Error, Result};
 use crate::job::Name;
-use crate::shard::{Health, Stamp};
+use crate::shard::{Health, Keyed, Stamp};
 
 /// Compares the stamp of the server with ours and writes ours where there is none, or one with an older map. Its own it
 /// writes again: so a claim shows that the server takes writes.
 ///
-/// KEYS: stamp. ARGV: the four fields, then ours of each. Answers what was there before, nil where nothing was.
+/// KEYS: stamp. ARGV: the four fields, then ours of each, then the channel and the message for those who watch. Answers what was there before, nil where nothing was.
 const CLAIM: &str = "\
 local found = redis.call('HMGET', KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4])
 local is_ours = found[1] == ARGV[5] and found[2] == ARGV[6]
 local theirs, ours = tonumber(found[3]), tonumber(ARGV[7])
 if not found[1] or is_ours and (theirs < ours or theirs == ours and found[4] == ARGV[8]) then
   redis.call('HSET', KEYS[1], ARGV[1], ARGV[5], ARGV[2], ARGV[6], ARGV[3], ARGV[7], ARGV[4], ARGV[8])
+  if found[1] and theirs < ours then redis.call('PUBLISH', ARGV[9], ARGV[10]) end
 end
 return found";
 
@@ -71,6 +73,27 @@ impl Redis {
         Ok(names)
     }
 
+    /// Walks the keys of the server; a cluster has no such walk.
+    pub(super) async fn read_objects(&self) -> Result<Vec<(Keyed, Name)>> {
+        let mut objects = Vec::new();
+        let mut cursor = b"0".to_vec();
+        while self.keys.partition.is_none() {
+            let mut scan = redis::cmd("SCAN");
+            scan.arg(&cursor[..]).arg("MATCH").arg("goflow:{*}:[ls]*").arg("COUNT").arg(1_000);
+            let Value::Array(parts) = self.ask(scan).await? else { break };
+            let mut parts = parts.into_iter();
+            let (next, keys) = (parts.next().map(texts), parts.next().map(texts));
+            objects.extend(keys.unwrap_or_default().iter().filter_map(|key| read_object(key)));
+            match next.and_then(|next| next.into_iter().next()) {
+                Some(next) if next != b"0" => cursor = next,
+                _ => break,
+            }
+        }
+        objects.sort_unstable();
+        objects.dedup();
+        Ok(objects)
+    }
+
     /// The name in the stamp: there is one for each server, and for each cluster one for all of its partitions.
     fn stamped_name<'a>(&self, shard: &'a str) -> &'a str {
         match self.keys.partition {
@@ -101,6 +124,7 @@ impl Redis {
         let mut claim = redis::cmd("EVAL");
         claim.arg(CLAIM).arg(1).arg(STAMP_KEY).arg(&STAMP_FIELDS);
         claim.arg(&stamp.deployment).arg(own).arg(stamp.map_version).arg(&stamp.map);
+        claim.arg(self.keys.wake()).arg(MAP_CHANGED);
         let found = match self.ask(claim).await {
             // Nothing can be written, but the stamp can be read: a full server that is ours must be drained.
             Err(error) if error.code == Code::Overloaded => Some(self.server_stamp().await?.ok_or(error)?),
@@ -197,6 +221,17 @@ impl Redis {
 
 fn note_name(value: Value) -> Option<String> {
     String::from_utf8(text(value)?.to_vec()).ok()
+}
+
+/// The lock or semaphore of a key, as [`Keys::of_object`](super::Keys::of_object) makes it.
+fn read_object(key: &[u8]) -> Option<(Keyed, Name)> {
+    let inner = key.strip_prefix(b"goflow:{")?;
+    let (kind, name) = match (inner.strip_suffix(b"}:lock"), inner.strip_suffix(b"}:sem")) {
+        (Some(name), _) => (Keyed::Lock, name),
+        (_, Some(name)) => (Keyed::Semaphore, name),
+        _ => return None,
+    };
+    Some((kind, Name::parse(name).ok()?))
 }
 
 /// A stamp from its four fields; `None` where they are not there.

@@ -12,7 +12,7 @@ use super::rows::{Key, Rows};
 use crate::clock::UnixMs;
 use crate::error::Result;
 use crate::job::Name;
-use crate::shard::{Deed, Holder, Keyed, Outcome};
+use crate::shard::{Deed, Holder, Keyed, Outcome, fence_floor};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Held {
@@ -41,6 +41,10 @@ impl Objects {
         Ok(())
     }
 
+    pub fn names(&self) -> Vec<(Keyed, Name)> {
+        self.0.keys().cloned().collect()
+    }
+
     /// Does the deed and writes the object's row if it changed.
     pub fn act(&mut self, rows: &mut impl Rows, key: (Keyed, Name), deed: Deed, now: UnixMs) -> Outcome {
         let mut object = self.0.remove(&key).unwrap_or_default();
@@ -67,13 +71,15 @@ impl Object {
         let place = |token: u64, object: &Object| object.holders.iter().position(|held| held.token == token);
         let end = |ttl_ms: u64| now.saturating_add(ttl_ms).min(NUMBER_MAX);
         match deed {
-            Deed::Acquire { token, limit, ttl_ms, owner, .. } => {
+            Deed::Acquire { token, limit, ttl_ms, owner, moved_in, .. } => {
                 let is_holder = place(token, self).map(|at| self.holders.remove(at)).is_some();
                 if !is_holder && self.holders.len() >= limit as usize {
                     let first = self.holders.iter().map(|held| held.until).min().unwrap_or(now);
                     return Outcome::NotFree { free_in: first.saturating_sub(now) };
                 }
-                self.fence += u64::from(kind == Keyed::Lock && !is_holder);
+                if kind == Keyed::Lock && !is_holder {
+                    self.fence = self.fence.max(fence_floor(moved_in)) + 1;
+                }
                 // A copy: what is kept must not hold the request's memory.
                 self.holders.push(Held { until: end(ttl_ms), token, owner: Bytes::copy_from_slice(&owner) });
                 Outcome::Granted { fence: self.fence }

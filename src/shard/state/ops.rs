@@ -22,6 +22,9 @@ pub fn check(action: &Action) -> Result<()> {
         {
             Err(Error::bad("ID and UNIQUE are for one job, not for many"))
         }
+        Action::Depart { state, .. } if state.is_over() || *state == JobState::Leased => {
+            Err(Error::bad("only jobs that wait or are dead go to another shard"))
+        }
         _ => Ok(()),
     }
 }
@@ -71,11 +74,19 @@ impl<R: Rows> Turn<'_, R> {
             Action::Sessions { offset, count } => self.sessions(offset, count),
             Action::Limit(deed) => Ok(self.limit(deed)),
             // An object is no part of a queue: it never comes here.
+            Action::Seek { id, unique, homes_since } => self.seek(id.as_ref(), unique.as_ref(), homes_since),
+            Action::Depart { state, count, route } => self.depart(state, count, &route),
+            Action::Arrive { source, number, jobs } => self.arrive(&source, number, &jobs),
+            Action::Departed { number } => self.departed(number),
             Action::Tick | Action::Keyed { .. } => Ok(Outcome::Done),
         }
     }
 
     fn enqueue(&mut self, policy: &Arc<Policy>, payloads: Vec<Bytes>, start: Start) -> Result<Outcome> {
+        let is_keyed = policy.id.is_some() || policy.unique.is_some();
+        if is_keyed && policy.homes_since < self.queue.travel.homes_since {
+            return Ok(Outcome::Enqueued(vec![Placed::Outdated]));
+        }
         let holder = match (&policy.id, &policy.unique) {
             (Some(id), _) if self.queue.ids.contains_key(&id[..]) => self.queue.ids.get(&id[..]).copied(),
             (_, Some((key, _))) => self.holder(key),
@@ -161,7 +172,8 @@ impl<R: Rows> Turn<'_, R> {
         for lease in leases {
             let Some(job) = self.queue.jobs.get(&lease.seq).filter(|job| job.token == lease.token) else { continue };
             // A lapse leaves the job to whoever comes first; what ended since then stays as it ended.
-            let is_late = job.last == Last::Lapsed && !job.state.is_over();
+            let is_late =
+                job.last == Last::Lapsed && !job.state.is_over() && !self.queue.travel.is_on_its_way(lease.seq);
             if job.state == JobState::Leased || is_late {
                 let mut job = self.known(lease.seq)?;
                 job.detail_mut().result = result.clone();
@@ -253,6 +265,9 @@ impl<R: Rows> Turn<'_, R> {
         else {
             return Ok(Outcome::Count(0));
         };
+        if self.queue.travel.is_on_its_way(seq) {
+            return Ok(Outcome::OnItsWay);
+        }
         let job = self.known(seq)?;
         self.transition(seq, job, Cause::Cancel, To::Over(JobState::Cancelled))?;
         Ok(Outcome::Count(1))
@@ -308,7 +323,8 @@ impl<R: Rows> Turn<'_, R> {
 
     /// The dead job of this name.
     fn dead(&self, job: &JobRef) -> Option<u64> {
-        self.resolve(job).filter(|seq| self.state_of(*seq) == Some(JobState::Dead))
+        let is_dead = |seq: &u64| self.state_of(*seq) == Some(JobState::Dead);
+        self.resolve(job).filter(|seq| is_dead(seq) && !self.queue.travel.is_on_its_way(*seq))
     }
 
     fn dead_retry_all(&mut self, until: UnixMs) -> Result<Outcome> {

@@ -11,6 +11,7 @@ use super::job::{Job, broken};
 use super::limit::Share;
 use super::line::{Dense, Line};
 use super::session::Sessions;
+use super::travel::Travel;
 use crate::clock::UnixMs;
 use crate::error::Result;
 use crate::job::{JobState, Name};
@@ -89,6 +90,7 @@ pub struct Queue {
     pub outbox: HashSet<Bytes, foldhash::fast::RandomState>,
     pub deaths: u64,
     pub sessions: Sessions,
+    pub travel: Travel,
     /// The counters have changed since they were last written.
     pub is_dirty: bool,
     /// The batch that is being applied has touched the queue.
@@ -121,6 +123,7 @@ impl Queue {
             outbox: HashSet::default(),
             deaths: 0,
             sessions: Sessions::default(),
+            travel: Travel::default(),
             is_dirty: false,
             is_open: false,
             is_stored: false,
@@ -193,6 +196,20 @@ impl Queue {
         }
         if job.expires_at != 0 && matches!(job.state, JobState::Ready | JobState::Scheduled) {
             self.expiring.insert((job.expires_at, seq));
+        }
+    }
+
+    /// Keeps the turn of a job that has left its order and is not over.
+    pub fn keep_turn(&mut self, job: &Job) {
+        if let Some(member) = job.member.as_ref().filter(|_| job.has_turn()) {
+            self.groups.take_turn(member);
+        }
+    }
+
+    /// Ends that.
+    pub fn give_turn(&mut self, job: &Job) {
+        if let Some(member) = job.member.as_ref().filter(|_| job.has_turn()) {
+            self.groups.give_turn(member);
         }
     }
 

@@ -35,6 +35,8 @@ pub enum Key {
     Deaths(u32, Bytes),
     /// What the holder of a role keeps for the next: the role, and the name of the note.
     Note(Box<str>, Box<str>),
+    /// What a queue knows of jobs that travel; not there where it knows nothing.
+    Travel(u32),
 }
 
 /// The kinds of rows that are read as a whole when a state is rebuilt.
@@ -50,6 +52,7 @@ pub enum Table {
     Objects,
     Deaths,
     Notes,
+    Travels,
 }
 
 /// Called with each row of a table.

@@ -191,7 +191,7 @@ impl<R: Rows> Turn<'_, R> {
     }
 
     /// Lets those into the line, at the places that they have, for whom their group has a turn.
-    fn admit(&mut self, group: &Bytes) -> Result<()> {
+    pub fn admit(&mut self, group: &Bytes) -> Result<()> {
         while let Some(seq) = self.queue.groups.next(group) {
             let mut job = self.known(seq)?;
             self.queue.leave(seq, &job);
@@ -255,6 +255,11 @@ impl<R: Rows> Turn<'_, R> {
     pub fn remove(&mut self, seq: u64) -> Result<()> {
         let Some(job) = self.header(seq)? else { return Ok(()) };
         self.leave(seq, &job);
+        self.forget(seq, &job)
+    }
+
+    /// The same for a job that stands in no order.
+    pub fn forget(&mut self, seq: u64, job: &Job) -> Result<()> {
         if job.has(flag::ID)
             && let Some(id) = &self.record(seq)?.spec.policy.id
         {
@@ -268,7 +273,7 @@ impl<R: Rows> Turn<'_, R> {
             self.rows.delete(Key::Job(self.queue.number, seq));
         }
         self.queue.is_dirty = true;
-        job.member.map_or(Ok(()), |member| self.admit(&member.key))
+        job.member.as_ref().map_or(Ok(()), |member| self.admit(&member.key))
     }
 
     /// Puts a job that was taken back and writes its row. Only a leased job keeps its detail in memory.
@@ -282,7 +287,7 @@ impl<R: Rows> Turn<'_, R> {
         self.queue.is_dirty = true;
     }
 
-    fn leave(&mut self, seq: u64, job: &Job) {
+    pub fn leave(&mut self, seq: u64, job: &Job) {
         self.queue.leave(seq, job);
         self.queue.pristine.remove(seq);
         if job.state == JobState::Leased {
@@ -323,6 +328,11 @@ impl<R: Rows> Turn<'_, R> {
     pub fn record(&self, seq: u64) -> Result<Record> {
         let row = self.rows.get(&Key::Record(self.queue.number, seq))?;
         Record::decode(&row.ok_or_else(|| broken("the record of a job is missing"))?)
+    }
+
+    /// The length of a job's record.
+    pub fn record_bytes(&self, seq: u64) -> Result<usize> {
+        Ok(self.rows.get(&Key::Record(self.queue.number, seq))?.map_or(0, |row| row.len()))
     }
 
     fn stored_detail(&self, seq: u64) -> Result<Detail> {
@@ -366,7 +376,10 @@ impl<R: Rows> Turn<'_, R> {
         let until = if span == 0 { 0 } else { self.now.checked_add(span).filter(|at| *at <= NUMBER_MAX).unwrap_or(0) };
         // A copy: the key may be a part of a large request.
         let key = Bytes::copy_from_slice(key);
-        let hold = Hold { seq, until };
+        self.put_hold(key, Hold { seq, until });
+    }
+
+    pub fn put_hold(&mut self, key: Bytes, hold: Hold) {
         self.rows.put(Key::Unique(self.queue.number, key.clone()), hold.encode());
         self.queue.unique.insert(key, hold);
     }
