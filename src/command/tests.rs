@@ -135,6 +135,7 @@ fn every_row_takes_its_own_syntax_and_each_of_its_options() {
                 ("GOFLOW.ENQUEUE", "NX") => drop(planned(&format!("{line} ID a"))),
                 ("GOFLOW.ENQUEUE" | "GOFLOW.ENQUEUEMANY", "CONCURRENCY") => drop(planned(&format!("{line} GROUP a"))),
                 ("GOFLOW.LIMIT", "PER") => drop(planned(&format!("{line} RATE 5"))),
+                ("GOFLOW.DEQUEUE", "MAXRUN") => drop(planned(&format!("{line} BIND"))),
                 ("HELLO", token @ ("AUTH" | "SETNAME")) => drop(planned(&line.replace(token, &format!("3 {token}")))),
                 _ => drop(planned(&line)),
             }
@@ -230,7 +231,8 @@ fn the_syntax_is_written_as_the_contract_has_it() {
     );
     assert_eq!(
         syntax_of("GOFLOW.DEQUEUE"),
-        "queue [queue ...] [COUNT n] [BLOCK ms] [LEASE ms] [WORKER name] [SHARDS n name [name ...]]"
+        "queue [queue ...] [COUNT n] [BLOCK ms] [LEASE ms] [WORKER name] [SHARDS n name [name ...]] [BIND] \
+         [MAXRUN ms]"
     );
     assert_eq!(syntax_of("GOFLOW.ACK"), "queue receipt [receipt ...] [RESULT data]");
 }
