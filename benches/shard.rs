@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use goflow::job::{Lease, Name, Policy};
+use goflow::shard::event::Recording;
 use goflow::shard::redis::Redis;
 use goflow::shard::{Action, Op, Outcome, Retention, Rules, Shard, Start};
 
@@ -49,8 +50,13 @@ impl Drop for Server {
     }
 }
 
-async fn connect(server: &Server) -> Redis {
-    let rules = Rules { retention: Retention { age_ms: 3_600_000, jobs: 1000 }, ..Rules::default() };
+/// So few are kept that whatever is recorded is also dropped while it is measured.
+async fn connect(server: &Server, records: bool) -> Redis {
+    let rules = Rules {
+        retention: Retention { age_ms: 3_600_000, jobs: 1000 },
+        recording: records.then_some(Recording { histories: 10_000, journal: 10_000, ..Recording::default() }),
+        ..Rules::default()
+    };
     for _ in 0..100 {
         if let Ok(redis) = Redis::connect(&server.url, "bench", rules).await {
             return redis;
@@ -102,19 +108,28 @@ async fn used_memory(server: &Server) -> u64 {
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
     let server = Server::start();
-    let shard = connect(&server).await;
-    let queue = Name::parse(b"bench").unwrap();
+    let (shard, silent) = (connect(&server, true).await, connect(&server, false).await);
+    let (queue, other) = (Name::parse(b"bench").unwrap(), Name::parse(b"silent").unwrap());
     let mut token = 0;
-    println!("whole lifecycles, {PAYLOAD_BYTES}-byte payload: CPU of the server per job");
-    for batch in [10, 25, 100, 500] {
-        let (jobs, cpu, began) = (JOBS.min(batch * 4000), server.cpu(), Instant::now());
-        for _ in 0..jobs / batch {
-            live(&shard, &queue, batch, &mut token).await;
+    println!("whole lifecycles, {PAYLOAD_BYTES}-byte payload: CPU of the server per job, events recorded and not");
+    for batch in [1, 10, 25, 100, 500] {
+        let (jobs, began) = (JOBS.min(batch * 4000), Instant::now());
+        let mut spent = [Duration::ZERO; 2];
+        // In turns, so that what else the machine does weighs on both alike.
+        for _ in 0..20 {
+            for (at, shard, queue) in [(0, &shard, &queue), (1, &silent, &other)] {
+                let cpu = server.cpu();
+                for _ in 0..jobs / batch / 20 {
+                    live(shard, queue, batch, &mut token).await;
+                }
+                spent[at] += server.cpu() - cpu;
+            }
         }
-        let micros = (server.cpu() - cpu).as_secs_f64() * 1e6 / jobs as f64;
+        let [recorded, silent] = spent.map(|spent| spent.as_secs_f64() * 1e6 / jobs as f64);
         println!(
-            "batch {batch:>4}: {micros:>6.2} us  ({:.0} jobs/s here)",
-            jobs as f64 / began.elapsed().as_secs_f64()
+            "batch {batch:>4}: {recorded:>6.2} us, without events {silent:>6.2} us, ratio {:.2}  ({:.0} jobs/s here)",
+            recorded / silent,
+            2.0 * jobs as f64 / began.elapsed().as_secs_f64()
         );
     }
     let queue = Name::parse(b"deep").unwrap();

@@ -27,6 +27,7 @@ use crate::dispatch::router::Strategy;
 use crate::execute::durable::{Acked, Rule};
 use crate::job::{Policy, is_shard_name};
 use crate::resp::request::{self, Bounds};
+use crate::shard::event::Recording;
 use crate::shard::{Retention, Rules};
 
 mod alert;
@@ -67,6 +68,7 @@ pub struct Config {
     pub log: LogConfig,
     pub limits: LimitsConfig,
     pub queue: QueueConfig,
+    pub events: EventsConfig,
     pub timeouts: TimeoutsConfig,
     pub worker: WorkerConfig,
     pub auth: AuthConfig,
@@ -91,6 +93,7 @@ impl Default for Config {
             log: LogConfig::default(),
             limits: LimitsConfig::default(),
             queue: QueueConfig::default(),
+            events: EventsConfig::default(),
             timeouts: TimeoutsConfig::default(),
             worker: WorkerConfig::default(),
             auth: AuthConfig::default(),
@@ -279,6 +282,37 @@ impl Default for QueueConfig {
             retention_ms: rules.retention.age_ms,
             retention_jobs: rules.retention.jobs,
         }
+    }
+}
+
+/// `[events]`: what is recorded of jobs, and for how long.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EventsConfig {
+    /// Without it GOFLOW.EVENTS and `goflow:events:*` have nothing to say.
+    pub record: bool,
+    /// How long a history outlives its job, and an event its moment.
+    #[serde(deserialize_with = "within::<_, _, 1, 31_536_000_000>")]
+    pub age_ms: Millis,
+    /// Histories of jobs that are not kept any more, per queue and shard.
+    #[serde(deserialize_with = "within::<_, _, 0, 100_000_000>")]
+    pub histories: u64,
+    /// Events in the journal that GOFLOW.EVENTS READ and RECENT tell, per queue and shard.
+    #[serde(deserialize_with = "within::<_, _, 1, 100_000_000>")]
+    pub journal: u64,
+}
+
+impl Default for EventsConfig {
+    fn default() -> Self {
+        let Recording { age_ms, histories, journal } = Recording::default();
+        EventsConfig { record: true, age_ms, histories, journal }
+    }
+}
+
+impl EventsConfig {
+    fn recording(&self) -> Option<Recording> {
+        let EventsConfig { record, age_ms, histories, journal } = *self;
+        record.then_some(Recording { age_ms, histories, journal })
     }
 }
 
@@ -925,6 +959,7 @@ impl Config {
         Rules {
             retention: Retention { age_ms: self.queue.retention_ms, jobs: self.queue.retention_jobs },
             lapses_max: self.queue.lapses_max,
+            recording: self.events.recording(),
         }
     }
 

@@ -5,6 +5,7 @@
 //! ([`Answer::Later`]) also holds back the requests behind it, as a blocking command does in Redis.
 
 pub mod durable;
+pub mod events;
 mod homes;
 
 use std::future::Future;
@@ -333,6 +334,11 @@ pub fn execute(plan: Plan, dispatcher: &Arc<Dispatcher>, asker: Asker) -> Answer
         Plan::Op { route, op, render } => start_op(route, op, render, dispatcher, asker),
         Plan::Jobs { queue, jobs, action } => Ok(start_jobs(queue, jobs, action, dispatcher, asker)),
         Plan::Each { op, merge } => Ok(start_each(op, merge, dispatcher.map(), asker)),
+        Plan::Read(read) => {
+            let waits = read.block_ms.is_some();
+            let later: Later = Box::pin(events::read(read, dispatcher.clone(), asker));
+            Ok(if waits { Answer::Waiting(later) } else { Answer::Later(later) })
+        }
         Plan::Drain { op } => Ok(Answer::Later(Box::pin(drain(op, dispatcher.map(), asker)))),
         Plan::Connection(_) | Plan::Ask(_) => Err(Error::bad("this command is not for here")),
     };

@@ -98,7 +98,7 @@ pub fn serve(setup: Setup) -> io::Result<()> {
                 handle.spawn(tell_what_is_unsafe(lane.clone()));
                 handle.spawn(sampler::run(lane.clone(), metrics.clone(), holder.clone()));
                 handle.spawn(limits::run(dispatcher.clone(), lane.clone()));
-                handle.spawn(lane.run(metrics.clone()));
+                handle.spawn(lane.run(metrics.clone(), dispatcher.feed().clone()));
             }
         })
     };
@@ -154,9 +154,12 @@ pub fn serve(setup: Setup) -> io::Result<()> {
                     tokio::spawn(tell_what_is_unsafe(lane.clone()));
                     tokio::spawn(sampler::run(lane.clone(), process.metrics.clone(), holder.clone()));
                     tokio::spawn(limits::run(process.dispatcher.clone(), lane.clone()));
-                    tokio::spawn(lane.run(process.metrics.clone()));
+                    tokio::spawn(lane.run(process.metrics.clone(), process.dispatcher.feed().clone()));
                 }
                 drop(ready);
+                if number == 0 {
+                    tokio::spawn(process.dispatcher.feed().clone().run());
+                }
                 if number == 0 && !process.alerts.rules.is_empty() {
                     let (alerts, dispatcher) = (process.alerts.clone(), process.dispatcher.clone());
                     tokio::spawn(teller::run(alerts, dispatcher, process.metrics.clone(), holder.clone()));

@@ -6,12 +6,13 @@
 //! every acknowledged enqueue was completed, no job was delivered after its ack was confirmed, and no two workers were
 //! inside leases of one job at the same time. `GOFLOW_LOSS_JOBS` and `GOFLOW_LOSS_KILLS` set the size.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use rand::{Rng, SeedableRng};
 use tempfile::TempDir;
 
+use crate::events::{Checker, history as event_history, read_on};
 use crate::eventually;
 use crate::support::goflow::Goflow;
 use crate::support::process::{Process, Program, on_path, venv};
@@ -22,6 +23,9 @@ use crate::support::wire::{Value, Wire};
 fn size(variable: &str, small: usize) -> usize {
     std::env::var(variable).ok().and_then(|text| text.parse().ok()).unwrap_or(small)
 }
+
+/// However many jobs there are, all that is recorded of them is there at the end.
+const KEEP_ALL: [(&str, &str); 2] = [("GOFLOW_EVENTS_JOURNAL", "100000000"), ("GOFLOW_EVENTS_HISTORIES", "100000000")];
 
 /// What one client was told about a job, and when.
 #[derive(Default)]
@@ -114,6 +118,11 @@ fn unfinished(wire: &mut Wire) -> Option<i64> {
     Some(count(wire, "ready")? + count(wire, "scheduled")? + count(wire, "leased")?)
 }
 
+/// Every job that the journal names: an enqueue that was never answered may have happened.
+fn all_jobs(proxy: &Goflow) -> HashSet<String> {
+    read_on(&mut proxy.wire(), "main", &mut "0".into()).into_iter().map(|event| event.id).collect()
+}
+
 /// Lets the workers finish what is there, and holds the logs against each other.
 fn settle(mut crowd: Crowd, proxy: &Goflow, jobs: usize) {
     eventually!("the producers are done", (!crowd.producing()).then_some(()));
@@ -138,6 +147,15 @@ fn settle(mut crowd: Crowd, proxy: &Goflow, jobs: usize) {
         held.sort_unstable();
         inside += held.windows(2).filter(|pair| pair[1].0 < pair[0].1).count();
     }
+    let recorded = Checker::check(&mut wire, "main", all_jobs(proxy).into_iter());
+    for (id, history) in &histories {
+        let events = event_history(&mut wire, "main", id);
+        let count = |what: &str| events.iter().filter(|event| event.what == what).count();
+        // A delivery may have been on its way to a client that was killed.
+        assert!(count("job.started") >= history.deliveries.len(), "{id} was delivered more often: {events:?}");
+        assert_eq!(count("job.completed"), usize::from(history.confirmed_at.is_some()), "{id}: {events:?}");
+    }
+    println!("{recorded} events agree");
     println!(
         "{enqueued} acknowledged, {deliveries} deliveries, lost 0, after a confirmed ack {again}, two inside one lease {inside}"
     );
@@ -151,7 +169,7 @@ fn no_acknowledged_job_is_lost_when_proxies_and_redis_shards_are_killed() {
     let mut shards: Vec<Server> = (0..4).map(|_| Server::start(Flavour::Redis7, Server::DURABLE)).collect();
     let named: Vec<String> = shards.iter().enumerate().map(|(at, shard)| format!("s{at}={}", shard.url())).collect();
     let args: Vec<&str> = named.iter().flat_map(|shard| ["--shard", shard.as_str()]).collect();
-    let mut proxies: Vec<Goflow> = (0..2).map(|_| Goflow::start(&args)).collect();
+    let mut proxies: Vec<Goflow> = (0..2).map(|_| Goflow::start_with(&args, &KEEP_ALL)).collect();
     proxies.iter_mut().for_each(|proxy| proxy.expect_log("shard"));
     let addresses = format!("{},{}", proxies[0].address(), proxies[1].address());
     let mut crowd = Crowd::start(&addresses, jobs, each);
@@ -175,7 +193,7 @@ fn no_acknowledged_job_is_lost_when_proxies_and_redis_shards_are_killed() {
 fn no_acknowledged_job_is_lost_when_the_process_with_the_embedded_shard_is_killed() {
     let (jobs, kills) = (size("GOFLOW_LOSS_JOBS", 2_000), size("GOFLOW_LOSS_KILLS", 6));
     let each = if jobs > 10_000 { 20 } else { 4 };
-    let mut process = Goflow::start(&[]);
+    let mut process = Goflow::start_with(&[], &KEEP_ALL);
     let mut crowd = Crowd::start(process.address(), jobs, each);
     for kill in 0..kills {
         let target = jobs * (kill + 1) / (kills + 2);

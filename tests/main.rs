@@ -15,6 +15,8 @@ mod contest;
 mod deploy;
 /// Durable lists: killed workers and killed moves, the policies, and what is refused.
 mod durable;
+/// What is recorded agrees with what happened, for those who ask and those who listen.
+mod events;
 /// A shard fails in every way a server can: the others go on, and nothing needs a restart.
 mod faults;
 /// What a job costs does not depend on how many there are.

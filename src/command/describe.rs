@@ -64,7 +64,7 @@ fn category_words(row: &Row) -> Vec<&'static str> {
     words.push(if row.has(Flag::Fast) { "@fast" } else { "@slow" });
     match row.group {
         Group::Connection => words.push("@connection"),
-        Group::Jobs | Group::DeadLetters | Group::Locks | Group::Operations => words.push("@goflow"),
+        Group::Jobs | Group::DeadLetters | Group::Locks | Group::Events | Group::Operations => words.push("@goflow"),
         Group::Server => {}
     }
     words

@@ -14,6 +14,7 @@ pub mod args;
 pub mod connection;
 pub mod dead;
 pub mod describe;
+pub mod event;
 pub mod job;
 pub mod limit;
 pub mod lock;
@@ -103,6 +104,8 @@ pub enum Plan {
     Connection(Connection),
     /// Asks the process or changes the shard map.
     Ask(Ask),
+    /// The events of a queue from all shards.
+    Read(event::Read),
     Enqueue(Enqueue),
     Dequeue(Dequeue),
     /// Leases by the name of their shard; the counts of all shards are added up.
@@ -296,14 +299,22 @@ pub enum Group {
     Jobs,
     DeadLetters,
     Locks,
+    Events,
     Operations,
     Connection,
     Server,
 }
 
 impl Group {
-    pub const ALL: [Group; 6] =
-        [Group::Jobs, Group::DeadLetters, Group::Locks, Group::Operations, Group::Connection, Group::Server];
+    pub const ALL: [Group; 7] = [
+        Group::Jobs,
+        Group::DeadLetters,
+        Group::Locks,
+        Group::Events,
+        Group::Operations,
+        Group::Connection,
+        Group::Server,
+    ];
 
     /// As `COMMAND DOCS` and the reference say it.
     pub fn word(self) -> &'static str {
@@ -311,6 +322,7 @@ impl Group {
             Group::Jobs => "jobs",
             Group::DeadLetters => "dead letters",
             Group::Locks => "locks",
+            Group::Events => "events",
             Group::Operations => "operations",
             Group::Connection => "connection",
             Group::Server => "server",
@@ -417,8 +429,17 @@ impl Spec {
 }
 
 /// All rows, family by family.
-pub static FAMILIES: &[&[Spec]] =
-    &[job::ROWS, dead::ROWS, lock::ROWS, limit::ROWS, shards::ROWS, admin::ROWS, alert::ROWS, connection::ROWS];
+pub static FAMILIES: &[&[Spec]] = &[
+    job::ROWS,
+    dead::ROWS,
+    lock::ROWS,
+    event::ROWS,
+    limit::ROWS,
+    shards::ROWS,
+    admin::ROWS,
+    alert::ROWS,
+    connection::ROWS,
+];
 
 /// A [`Spec`] with what is worked out from it once.
 pub struct Row {

@@ -38,6 +38,7 @@ fn introduction(group: Group) -> &'static str {
         Group::Jobs => "Putting jobs in, taking them, saying how they went, and looking at them.",
         Group::DeadLetters => "Jobs whose attempts are used up, or that a worker declared dead.",
         Group::Locks => "Locks with fences, and semaphores, as a service of the shards.",
+        Group::Events => "What happened to jobs, recorded with each transition.",
         Group::Operations => "Queues, statistics and shards.",
         Group::Connection => "What a client says about its connection. These are Redis's own commands.",
         Group::Server => "Redis's own commands about the server, as far as they mean something here.",

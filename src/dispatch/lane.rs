@@ -26,6 +26,7 @@ use rand::Rng;
 use tokio::sync::{Notify, oneshot};
 
 use super::bound::Book;
+use super::feed::Feed;
 use super::meter::Meter;
 use super::outboxes::Outboxes;
 use super::turnstile::Lines;
@@ -557,7 +558,8 @@ impl Lane {
     }
 
     /// Serves the lane until the process ends.
-    pub async fn run(self: Arc<Lane>, metrics: Arc<Metrics>) {
+    pub async fn run(self: Arc<Lane>, metrics: Arc<Metrics>, feed: Arc<Feed>) {
+        self.shard.follow(feed.ear(self.name.clone()));
         let lane = self.clone();
         self.shard.watch(Arc::new(move |wake| lane.woken(wake)));
         let mut line = Line::new(self, metrics);

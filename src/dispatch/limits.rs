@@ -501,7 +501,7 @@ mod tests {
         let layout = Layout::new(1, (0..3).map(member).collect());
         let map = Dispatcher::new("d".into(), layout, (0..3).map(entry).collect(), Strategy::RoundRobin).map();
         for lane in &map.lanes {
-            tokio::spawn(lane.clone().run(metrics.clone()));
+            tokio::spawn(lane.clone().run(metrics.clone(), Arc::default()));
         }
         let queue = Name::parse(b"main").unwrap();
         let change = |jobs| QueueLimits { concurrency: Some(jobs), ..QueueLimits::default() };

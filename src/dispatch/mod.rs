@@ -4,6 +4,7 @@
 //! new job, all lanes. It holds no truth (law 6): everything here can be rebuilt from the configuration and the shards.
 
 pub mod bound;
+pub mod feed;
 pub mod keeper;
 pub mod lane;
 pub mod layout;
@@ -25,6 +26,7 @@ use tokio::sync::{Notify, watch};
 use crate::error::{Code, Error, Result};
 use crate::job::{Name, group_home};
 use crate::shard::{Shard, Stamp};
+use feed::Feed;
 use lane::Lane;
 use layout::{Layout, Standing};
 use router::{Candidates, Ring, Strategy};
@@ -194,6 +196,7 @@ pub struct Dispatcher {
     strategy: RwLock<Strategy>,
     /// What this process moves away from shards that are leaving.
     pub journal: mover::Journal,
+    feed: Arc<Feed>,
 }
 
 impl Dispatcher {
@@ -211,9 +214,15 @@ impl Dispatcher {
             lanes_made: AtomicUsize::new(0),
             strategy: RwLock::new(strategy),
             journal: mover::Journal::default(),
+            feed: Arc::default(),
         };
         dispatcher.change_map(layout, shards);
         dispatcher
+    }
+
+    /// What happens on the shards, as it happens.
+    pub fn feed(&self) -> &Arc<Feed> {
+        &self.feed
     }
 
     pub fn strategy(&self) -> Strategy {

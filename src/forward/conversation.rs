@@ -17,6 +17,7 @@ use bytes::{Bytes, BytesMut};
 use super::hub::{Inbox, Kind, is_own};
 use super::{Forwarded, Request, Shape, Started, Ways, check_key, cross_shard, park, put_request, spread, submit_unit};
 use crate::command::ordinary::{How, Row, Step, Talk};
+use crate::dispatch::feed::wish_of;
 use crate::error::{Code, Error, Happened, Result};
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::{cut, glob};
@@ -487,6 +488,9 @@ type Confirmation = tokio::sync::oneshot::Receiver<Result<Bytes>>;
 
 /// Subscribes at the shards; each confirms by answering the `PING` behind the subscription.
 fn announce(ways: &Ways, kind: Kind, name: &Bytes) -> Vec<Confirmation> {
+    if is_own(name) {
+        return announce_own(ways, kind, name);
+    }
     let homes = homes(ways, kind, name);
     let mut raw = BytesMut::new();
     put_request(&mut raw, &[Bytes::from_static(kind.subscribe().as_bytes()), name.clone()]);
@@ -498,6 +502,25 @@ fn announce(ways: &Ways, kind: Kind, name: &Bytes) -> Vec<Confirmation> {
         confirmations.extend(listeners.iter().map(|link| link.submit(&raw, 1)));
     });
     confirmations
+}
+
+/// A channel that the process feeds with what its shards tell; confirmed when they do.
+fn announce_own(ways: &Ways, kind: Kind, name: &Bytes) -> Vec<Confirmation> {
+    let feed = ways.shared.dispatcher.feed();
+    let wishes = match kind {
+        Kind::Channel => wish_of(name, false),
+        Kind::Pattern => wish_of(name, true),
+        Kind::Shard => Vec::new(),
+    };
+    let listen = || wishes.into_iter().map(|wish| feed.listen(wish)).collect();
+    let heard = ways.shared.hub.announce_own(kind, name, listen);
+    let (sender, confirmation) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        heard.await;
+        // Nobody may be waiting for it any more.
+        let _ = sender.send(Ok(Bytes::new()));
+    });
+    vec![confirmation]
 }
 
 async fn confirm(confirmation: Confirmation) -> Result<()> {

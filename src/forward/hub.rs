@@ -7,20 +7,25 @@
 //! Subscriptions ride on the listening link of `park`; after a new connection [`Hub::opened`] subscribes to everything
 //! again. What was published in between is lost, as it is to any subscriber of Redis that reconnects.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use foldhash::fast::RandomState;
+use futures_util::future::join_all;
 
 use super::{OWN_KEYS, put_request};
+use crate::dispatch::feed::{Listening, missed_json};
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::{cut, glob};
+use crate::shard::BoxFuture;
 use crate::shard::redis::link::Link;
 
 /// Most bytes that wait for one subscriber.
 const INBOX_BYTES_MAX: usize = 8 << 20;
+/// While so much waits, what the process itself feeds is counted for the subscriber and not kept.
+const OWN_BYTES_MAX: usize = 1 << 20;
 
 /// What a subscription is to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -46,11 +51,19 @@ impl Kind {
     }
 }
 
+/// What is on its way to one client.
+#[derive(Default)]
+struct Waiting {
+    bytes: BytesMut,
+    /// Messages of our own that there was no room for: by subscription and channel, how many.
+    missed: BTreeMap<(usize, Bytes, Bytes), u64>,
+}
+
 /// What waits to be written to one client.
 pub struct Inbox {
     pub id: u64,
     protocol: Protocol,
-    waiting: Mutex<BytesMut>,
+    waiting: Mutex<Waiting>,
     overflowed: AtomicBool,
     wake: Box<dyn Fn() + Send + Sync>,
 }
@@ -64,19 +77,35 @@ impl Inbox {
     /// Moves what has come to the output; false when the client fell too far behind and must go.
     pub fn drain(&self, out: &mut BytesMut) -> bool {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if !waiting.is_empty() {
-            out.extend_from_slice(&waiting);
-            waiting.clear();
+        if !waiting.bytes.is_empty() {
+            out.extend_from_slice(&waiting.bytes);
+            waiting.bytes.clear();
+        }
+        for ((kind, name, channel), missing) in std::mem::take(&mut waiting.missed) {
+            let payload = missed_json(&channel, missing);
+            out.extend_from_slice(&encode(Kind::ALL[kind], &name, &channel, &payload, self.protocol));
         }
         !self.overflowed.load(Ordering::Relaxed)
     }
 
     fn put(&self, message: &[u8]) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if waiting.len() + message.len() > INBOX_BYTES_MAX {
+        if waiting.bytes.len() + message.len() > INBOX_BYTES_MAX {
             self.overflowed.store(true, Ordering::Relaxed);
         } else {
-            waiting.extend_from_slice(message);
+            waiting.bytes.extend_from_slice(message);
+        }
+        drop(waiting);
+        (self.wake)();
+    }
+
+    /// Puts a message of our own in, or counts it for what the client is told when it has read on.
+    fn offer(&self, kind: Kind, name: &Bytes, channel: &Bytes, message: &[u8]) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if !waiting.missed.is_empty() || waiting.bytes.len() + message.len() > OWN_BYTES_MAX {
+            *waiting.missed.entry((kind as usize, name.clone(), channel.clone())).or_default() += 1;
+        } else {
+            waiting.bytes.extend_from_slice(message);
         }
         drop(waiting);
         (self.wake)();
@@ -90,6 +119,8 @@ struct Topic {
     /// Clients that listen, and those that are about to.
     interested: usize,
     inboxes: Vec<Arc<Inbox>>,
+    /// What keeps a channel fed that the process itself feeds.
+    fed_by: Vec<Listening>,
 }
 
 type Topics = HashMap<Bytes, Topic, RandomState>;
@@ -112,9 +143,27 @@ impl Hub {
     /// in the order in which they are decided.
     pub fn announce(&self, kind: Kind, name: &Bytes, home: Option<usize>, subscribe: impl FnOnce()) {
         let mut topics = self.topics();
-        let new = || Topic { home, interested: 0, inboxes: Vec::new() };
+        let new = || Topic { home, interested: 0, inboxes: Vec::new(), fed_by: Vec::new() };
         topics[kind as usize].entry(name.clone()).or_insert_with(new).interested += 1;
         subscribe();
+    }
+
+    /// The same for a channel that the process itself feeds: `feed` is called for the first that listens. Resolves when the
+    /// shards tell what is to come.
+    pub fn announce_own(
+        &self,
+        kind: Kind,
+        name: &Bytes,
+        feed: impl FnOnce() -> Vec<Listening>,
+    ) -> BoxFuture<'static, ()> {
+        let mut topics = self.topics();
+        let new = || Topic { home: None, interested: 0, inboxes: Vec::new(), fed_by: feed() };
+        let topic = topics[kind as usize].entry(name.clone()).or_insert_with(new);
+        topic.interested += 1;
+        let heard: Vec<_> = topic.fed_by.iter().map(Listening::heard).collect();
+        Box::pin(async move {
+            join_all(heard).await;
+        })
     }
 
     /// From here on the inbox gets the messages.
@@ -240,6 +289,8 @@ impl Hub {
             (Some(b"smessage"), Some(channel), Some(payload), _) => {
                 deliver(&topics[Kind::Shard as usize], Kind::Shard, &channel, &channel, &payload);
             }
+            // What shards tell each other is not for clients.
+            (Some(b"pmessage"), _, Some(channel), _) if is_own(&channel) => {}
             (Some(b"pmessage"), Some(pattern), Some(channel), Some(payload)) => {
                 deliver(&topics[Kind::Pattern as usize], Kind::Pattern, &pattern, &channel, &payload);
             }
@@ -252,19 +303,25 @@ fn deliver(topics: &Topics, kind: Kind, name: &Bytes, channel: &Bytes, payload: 
     let Some(topic) = topics.get(name) else { return 0 };
     let mut encoded: [Option<Bytes>; 2] = [None, None];
     for inbox in &topic.inboxes {
-        let message = encoded[inbox.protocol as usize].get_or_insert_with(|| {
-            let mut parts = vec![Reply::text(kind.message())];
-            if kind == Kind::Pattern {
-                parts.push(Reply::Bulk(name.clone()));
-            }
-            parts.extend([Reply::Bulk(channel.clone()), Reply::bulk(payload)]);
-            let mut out = BytesMut::new();
-            Reply::Push(parts).encode(inbox.protocol, &mut out);
-            out.freeze()
-        });
-        inbox.put(message);
+        let message = encoded[inbox.protocol as usize]
+            .get_or_insert_with(|| encode(kind, name, channel, payload, inbox.protocol));
+        match is_own(channel) {
+            true => inbox.offer(kind, name, channel, message),
+            false => inbox.put(message),
+        }
     }
     topic.inboxes.len()
+}
+
+fn encode(kind: Kind, name: &Bytes, channel: &Bytes, payload: &[u8], protocol: Protocol) -> Bytes {
+    let mut parts = vec![Reply::text(kind.message())];
+    if kind == Kind::Pattern {
+        parts.push(Reply::Bulk(name.clone()));
+    }
+    parts.extend([Reply::Bulk(channel.clone()), Reply::bulk(payload)]);
+    let mut out = BytesMut::new();
+    Reply::Push(parts).encode(protocol, &mut out);
+    out.freeze()
 }
 
 /// Whether messages of the channel, or of all that match the pattern, come from this process alone.
@@ -281,7 +338,7 @@ mod tests {
         let hub = Hub::new();
         let (slow, quick) =
             (Inbox::new(1, Protocol::Resp2, Box::new(|| ())), Inbox::new(2, Protocol::Resp3, Box::new(|| ())));
-        let name = Bytes::from_static(b"goflow:events:a");
+        let name = Bytes::from_static(b"news");
         for inbox in [&slow, &quick] {
             hub.announce(Kind::Channel, &name, None, || ());
             hub.listen(Kind::Channel, &name, inbox);
@@ -296,5 +353,31 @@ mod tests {
         assert!(!slow.drain(&mut out));
         hub.leave(Kind::Channel, &name, 1, || panic!("somebody listens yet"));
         assert_eq!(hub.publish(&name, b"x"), 1);
+    }
+
+    #[test]
+    fn a_slow_subscriber_of_events_is_told_how_many_it_missed() {
+        let hub = Hub::new();
+        let inbox = Inbox::new(1, Protocol::Resp2, Box::new(|| ()));
+        let name = Bytes::from_static(b"goflow:events:*");
+        drop(hub.announce_own(Kind::Pattern, &name, Vec::new));
+        hub.listen(Kind::Pattern, &name, &inbox);
+        let channels = [Bytes::from_static(b"goflow:events:a"), Bytes::from_static(b"goflow:events:b")];
+        let payload = vec![b'x'; OWN_BYTES_MAX / 4];
+        for _ in 0..5 {
+            for channel in &channels {
+                hub.publish(channel, &payload);
+            }
+        }
+        let mut out = BytesMut::new();
+        assert!(inbox.drain(&mut out));
+        let text = String::from_utf8_lossy(&out).into_owned();
+        let told = text.matches("xxxx\r\n").count();
+        let gaps: Vec<&str> = text.split("\r\n").filter(|line| line.starts_with('{')).collect();
+        assert_eq!(told, 3);
+        assert_eq!(gaps, [r#"{"type":"gap","queue":"a","missing":3}"#, r#"{"type":"gap","queue":"b","missing":4}"#]);
+        hub.publish(&channels[0], b"again");
+        out.clear();
+        assert!(inbox.drain(&mut out) && out.ends_with(b"again\r\n"));
     }
 }

@@ -62,12 +62,17 @@ impl Forwarding {
         together: Vec<Vec<String>>,
         reply_bytes_max: usize,
     ) -> Arc<Forwarding> {
+        let hub = Hub::new();
+        let (feed, ears) = (dispatcher.feed(), hub.clone());
+        feed.publish_to(Box::new(move |channel, payload| {
+            ears.publish(channel, payload);
+        }));
         Arc::new(Forwarding {
             dispatcher,
             allowed,
             together,
             reply_bytes_max,
-            hub: Hub::new(),
+            hub,
             parks: DashMap::new(),
             learned: DashMap::new(),
         })

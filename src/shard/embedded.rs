@@ -13,6 +13,7 @@
 //!              "w" queue number, name → worker session   "b" queue number, seq → the session of a lease   "c" queue number → limits
 //!              "l" name → lock   "m" name → semaphore   "d" queue number, key → deaths   "n" role, 0, name → note
 //!              "t" queue number → what it knows of jobs that travel
+//!              "h" queue number, seq → history   "e" queue number, number → chunk of the journal
 //! ```
 //!
 //! Measured on a shared virtual machine of two cores, 256-byte payloads: 1,000,000 waiting jobs take 34 bytes each of
@@ -27,11 +28,12 @@ use bytes::Bytes;
 use fjall::{Database, Keyspace, KeyspaceCreateOptions, OwnedWriteBatch, PersistMode, Slice};
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
+use super::feed::Ear;
 use super::keys::{self, Loading, RowChange, Shared};
 use super::state::State;
 use super::state::rows::{Key, Rows, Table, Visit};
@@ -42,7 +44,7 @@ use crate::job::Name;
 use crate::resp::reply::Reply;
 
 /// What stands in `DIR/format`.
-const FORMAT: &str = "goflow embedded store 1\n";
+const FORMAT: &str = "goflow embedded store 2\n";
 /// Rows in memory before they go to a table on disk, for each of the three keyspaces. With its index a row takes about
 /// twice its bytes here, and a full one waits beside the new one until it is written.
 const MEMTABLE_BYTES_MAX: u64 = 8 << 20;
@@ -60,6 +62,7 @@ const SWEEP_PAUSE: Duration = Duration::from_millis(100);
 pub struct Embedded {
     orders: Orders,
     keys: Arc<Shared>,
+    ear: Arc<OnceLock<Arc<Ear>>>,
     /// Awaited when the shard is dropped: then the store is closed and can be opened again.
     committer: Option<JoinHandle<()>>,
 }
@@ -147,14 +150,15 @@ impl Embedded {
         }
         let keys = Arc::new(Shared::new(rows.load_keys().map_err(|error| down(error.text.into_owned()))?));
         let state = State::load(rows, rules)?;
-        let committer = Committer { name: name.clone(), state, keys: keys.clone(), failure: None };
+        let ear = Arc::new(OnceLock::new());
+        let committer = Committer { name: name.clone(), state, keys: keys.clone(), ear: ear.clone(), failure: None };
         let (sender, inbox) = mpsc::channel();
         let committer = std::thread::Builder::new()
             .name("committer".into())
             .spawn(move || committer.run(&inbox))
             .map_err(|error| down(format!("got no thread: {error}")))?;
         let orders = Orders { name: name.as_str().into(), sender };
-        Ok(Embedded { orders, keys, committer: Some(committer) })
+        Ok(Embedded { orders, keys, ear, committer: Some(committer) })
     }
 }
 
@@ -212,6 +216,11 @@ impl Shard for Embedded {
     }
 
     fn watch(&self, _: OnWake) {}
+
+    fn follow(&self, ear: Arc<Ear>) {
+        // Only the first is told.
+        let _ = self.ear.set(ear);
+    }
 
     fn probe(&self) -> BoxFuture<'_, Result<Health>> {
         // Asked of the committer, so that one that has failed or hangs does not look healthy.
@@ -299,6 +308,7 @@ struct Committer<S> {
     state: State<S>,
     /// Changed by the committer only.
     keys: Arc<Shared>,
+    ear: Arc<OnceLock<Arc<Ear>>>,
     /// Why nothing more is done.
     failure: Option<Error>,
 }
@@ -359,6 +369,12 @@ impl<S: Store> Committer<S> {
         let fate = fate.map(drop);
         deliveries.into_iter().for_each(|deliver| deliver(fate.clone()));
         self.keys.tell(&changed);
+        let recorded = self.state.take_recorded();
+        if fate.is_ok()
+            && let Some(ear) = self.ear.get()
+        {
+            ear.tell_local(recorded);
+        }
     }
 
     /// Does what is ordered, in memory. After a failure nothing more is done: the state is not whole any more.
@@ -453,7 +469,9 @@ impl DiskRows {
             | Key::Object(..)
             | Key::Deaths(..)
             | Key::Note(..)
-            | Key::Travel(_) => &self.rows,
+            | Key::Travel(_)
+            | Key::History(..)
+            | Key::Chunk(..) => &self.rows,
         }
     }
 
@@ -517,6 +535,8 @@ fn encode_key(key: &Key) -> Slice {
         Key::Bound(number, seq) => numbered(b"b", *number, &seq.to_be_bytes()),
         Key::Travel(number) => numbered(b"t", *number, &[]),
         Key::Note(role, name) => Slice::from([b"n", role.as_bytes(), b"\0", name.as_bytes()].concat()),
+        Key::History(number, seq) => numbered(b"h", *number, &seq.to_be_bytes()),
+        Key::Chunk(number, last) => numbered(b"e", *number, &last.to_be_bytes()),
         Key::Object(Keyed::Lock, name) => Slice::from([b"l", name.as_str().as_bytes()].concat()),
         Key::Object(Keyed::Semaphore, name) => Slice::from([b"m", name.as_str().as_bytes()].concat()),
     }
@@ -543,6 +563,8 @@ fn decode_key(table: Table, raw: &[u8]) -> Option<Key> {
         Table::Travels => rest.is_empty().then_some(Key::Travel(number)),
         Table::Records => Some(Key::Record(number, seq()?)),
         Table::Jobs => Some(Key::Job(number, seq()?)),
+        Table::Histories => Some(Key::History(number, seq()?)),
+        Table::Chunks => Some(Key::Chunk(number, seq()?)),
         Table::Uniques => Some(Key::Unique(number, Bytes::copy_from_slice(rest))),
         Table::Deaths => Some(Key::Deaths(number, Bytes::copy_from_slice(rest))),
         Table::Sessions => Some(Key::Session(number, Bytes::copy_from_slice(rest))),
@@ -578,6 +600,8 @@ impl Rows for DiskRows {
             Table::Queues => self.rows.prefix(b"q"),
             Table::Limits => self.rows.prefix(b"c"),
             Table::Jobs => self.rows.prefix(b"j"),
+            Table::Histories => self.rows.prefix(b"h"),
+            Table::Chunks => self.rows.prefix(b"e"),
             Table::Uniques => self.rows.prefix(b"u"),
             Table::Deaths => self.rows.prefix(b"d"),
             Table::Notes => self.rows.prefix(b"n"),
@@ -650,9 +674,9 @@ mod tests {
     fn a_store_of_another_version_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         drop(open(dir.path()).unwrap());
-        std::fs::write(dir.path().join("format"), "goflow embedded store 2\n").unwrap();
+        std::fs::write(dir.path().join("format"), "goflow embedded store 0\n").unwrap();
         let error = open(dir.path()).err().unwrap();
-        assert!(error.text.contains("goflow embedded store 2"), "{error}");
+        assert!(error.text.contains("goflow embedded store 0"), "{error}");
     }
 
     #[test]
@@ -707,7 +731,7 @@ mod tests {
     fn a_failed_sync_is_final() {
         let state = State::new(Unsure::default(), Rules::default());
         let keys = Arc::new(Shared::new(keys::Database::volatile()));
-        let mut committer = Committer { name: "embedded:x".into(), state, keys, failure: None };
+        let mut committer = Committer { name: "embedded:x".into(), state, keys, ear: Arc::default(), failure: None };
         let apply = |committer: &mut Committer<Unsure>, op: Op| {
             let (answer, mut answered) = oneshot::channel();
             committer.carry_out(vec![Order::Apply { ops: vec![op], at: Some(1), answer }]);

@@ -5,8 +5,9 @@
 
 use bytes::Bytes;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use super::feed::Ear;
 use super::keys::{self, Shared};
 use super::state::State;
 use super::state::rows::{Key, Rows, Table, Visit};
@@ -19,12 +20,13 @@ use crate::resp::reply::Reply;
 pub struct Memory {
     state: Mutex<State<MapRows>>,
     keys: Arc<MemoryKeys>,
+    ear: OnceLock<Arc<Ear>>,
 }
 
 impl Memory {
     pub fn new(rules: Rules) -> Memory {
         let keys = Arc::new(MemoryKeys(Shared::new(keys::Database::volatile())));
-        Memory { state: Mutex::new(State::new(MapRows::default(), rules)), keys }
+        Memory { state: Mutex::new(State::new(MapRows::default(), rules)), keys, ear: OnceLock::new() }
     }
 
     /// A panic in the rules may have left the state half changed, so nothing more is done with it.
@@ -39,7 +41,14 @@ impl Memory {
 impl Shard for Memory {
     fn apply(&self, ops: Vec<Op>, at: Option<UnixMs>) -> BoxFuture<'_, Applied> {
         let count = ops.len();
-        let applied = self.with(|state| state.apply(ops, at.unwrap_or_else(clock::now)));
+        let applied = self.with(|state| {
+            let applied = state.apply(ops, at.unwrap_or_else(clock::now));
+            let recorded = state.take_recorded();
+            if let Some(ear) = self.ear.get() {
+                ear.tell_local(recorded);
+            }
+            applied
+        });
         let applied = applied.unwrap_or_else(|error| Applied::failed(count, &error));
         Box::pin(std::future::ready(applied))
     }
@@ -53,6 +62,11 @@ impl Shard for Memory {
     }
 
     fn watch(&self, _: OnWake) {}
+
+    fn follow(&self, ear: Arc<Ear>) {
+        // Only the first is told.
+        let _ = self.ear.set(ear);
+    }
 
     fn probe(&self) -> BoxFuture<'_, Result<Health>> {
         let health = Health {
@@ -156,6 +170,8 @@ impl Rows for MapRows {
                     | (Table::Deaths, Key::Deaths(..))
                     | (Table::Notes, Key::Note(..))
                     | (Table::Travels, Key::Travel(_))
+                    | (Table::Histories, Key::History(..))
+                    | (Table::Chunks, Key::Chunk(..))
             )
         };
         self.0.iter().filter(|(key, _)| is_in(key)).try_for_each(|(key, row)| visit(key.clone(), row.clone()))

@@ -70,6 +70,24 @@
 //! - A queue that has been told of the version in which homes moved takes no `ID` or `UNIQUE` from who knows only of an
 //!   older one.
 //!
+//! ## What is recorded
+//!
+//! Every transition leaves events in the commit that makes it, unless recording is configured off: in the history of its
+//! job, and in the journal of its queue, where they are numbered from 1. An enqueue is `job.queued`, or `job.scheduled`
+//! where the job waits for its time; a lease `job.started`; an ACK `job.completed`; a RELEASE `job.released`; a PROGRESS
+//! `job.progress`. A FAIL and a lapse are `job.failed`, and behind it what became of the job: `job.retried` or `job.dlq`. Falling
+//! due is `job.queued`, a redrive `job.redriven`, a CANCEL `job.cancelled`, the end of a ttl `job.expired`, also where it comes
+//! instead of something else: behind `job.failed`, `job.released` or `job.redriven`. A job that PURGE or DLQ DELETE removes before
+//! it is over is `job.cancelled`, and its error says `purged` or `deleted`; one that has travelled to another shard says `moved`, and
+//! begins there with `job.queued` or `job.scheduled`. An EXTEND, a PAUSE and the end of a retention
+//! leave none.
+//!
+//! - A history is known as long as its job, and then, in the order in which jobs were forgotten, for [`Recording`]: before
+//!   and after the ops of a queue at most [`BULK_JOBS_MAX`] go from the front, what is too many or of jobs that ended too
+//!   long ago. Its middle is dropped where it grows long, and that is said. By a chosen id the history is found
+//!   that its last job has.
+//! - A journal holds about as many events as [`Recording`] says, and none much older: what is beyond goes in large pieces.
+//!
 //! Everything random (lease tokens) comes in with the op and all time is the shard's, so the same ops at the same times
 //! give the same outcomes on every implementation.
 
@@ -83,8 +101,12 @@ use crate::clock::{Millis, UnixMs};
 use crate::error::{Error, Result};
 use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Policy};
 use crate::resp::reply::{Protocol, Reply};
+use event::{Entry, Page, Recording};
+use feed::Ear;
 
 pub mod embedded;
+pub mod event;
+pub mod feed;
 pub mod keys;
 pub mod memory;
 mod outbox;
@@ -120,11 +142,17 @@ pub struct Rules {
     pub retention: Retention,
     /// A job whose lease lapsed so often is dead.
     pub lapses_max: u32,
+    /// `None`: no events are recorded.
+    pub recording: Option<Recording>,
 }
 
 impl Default for Rules {
     fn default() -> Self {
-        Rules { retention: Retention { age_ms: 3_600_000, jobs: 10_000 }, lapses_max: 3 }
+        Rules {
+            retention: Retention { age_ms: 3_600_000, jobs: 10_000 },
+            lapses_max: 3,
+            recording: Some(Recording::default()),
+        }
     }
 }
 
@@ -310,6 +338,12 @@ pub enum Action {
     Sessions { offset: u64, count: u64 },
     /// [`Outcome::Limits`]
     Limit(LimitDeed),
+    /// What happened to a job, which may be forgotten by now. [`Outcome::History`]
+    History { job: JobRef },
+    /// The events of the journal after this number, oldest first; at most [`event::PAGE_EVENTS_MAX`]. [`Outcome::Events`]
+    EventsAfter { number: u64, count: u64 },
+    /// The newest events of the journal, oldest first; at most [`event::PAGE_EVENTS_MAX`]. [`Outcome::Events`]
+    EventsRecent { count: u64 },
     /// Moves what has fallen due and trims what is kept; nothing else. [`Outcome::Done`]
     Tick,
     /// The groups of deaths in the outbox, by their keys. [`Outcome::Outbox`]
@@ -406,6 +440,9 @@ pub enum Outcome {
     Kept(Vec<u64>),
     /// With the shard's clock.
     Sessions(UnixMs, Vec<SessionView>),
+    /// Oldest first; empty when nothing is known.
+    History(Vec<Entry>),
+    Events(Page),
     /// `count` were moved; `next` is set while there may be more: the `until` to go on with (a PURGE ignores it).
     Moved {
         count: u64,
@@ -507,6 +544,9 @@ pub trait Shard: Send + Sync + 'static {
     /// From now on calls `on_wake` for each queue that becomes non-empty and each awaited object that is freed. An implementation whose only writer is this
     /// process need not call it: the effects of its batches say the same.
     fn watch(&self, on_wake: OnWake);
+
+    /// From now on tells the ear what the process wishes to hear of what happens on the shard, whoever did it. Called once.
+    fn follow(&self, ear: Arc<Ear>);
 
     /// Asks the backend who and how it is. Also reconnects where that is needed.
     fn probe(&self) -> BoxFuture<'_, Result<Health>>;

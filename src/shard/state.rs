@@ -12,6 +12,7 @@
 //!     ├ Queue  orders, keys and counters of a queue, in memory      queue.rs, the ready ones in line.rs and group.rs
 //!     ├ Sessions  worker sessions and what hangs on them            session.rs
 //!     ├ Job    header, detail, record                               job.rs
+//!     ├ Journal  chunks, and histories of the removed                journal.rs
 //!     └ Rows   what is kept                                         rows.rs
 //! Travel   jobs on their way between shards                        travel.rs
 //! ```
@@ -29,10 +30,12 @@ use std::collections::hash_map::Entry;
 use crate::clock::UnixMs;
 use crate::error::{Error, Result};
 use crate::job::{Name, flag};
+use crate::shard::feed::Recorded;
 use crate::shard::{Action, Applied, DeathGroup, Keyed, Op, Rules, Stamp};
 
 mod group;
 mod job;
+mod journal;
 mod keyed;
 mod limit;
 mod line;
@@ -59,12 +62,21 @@ pub struct State<R> {
     /// The number of the last queue.
     queue_number: u32,
     objects: Objects,
+    /// What was recorded since it was last asked for.
+    recorded: Vec<Recorded>,
 }
 
 impl<R: Rows> State<R> {
     /// The state of a shard that nobody has used, over rows that are empty.
     pub fn new(rows: R, rules: Rules) -> State<R> {
-        State { rows, rules, queues: HashMap::default(), queue_number: 0, objects: Objects::default() }
+        State {
+            rows,
+            rules,
+            queues: HashMap::default(),
+            queue_number: 0,
+            objects: Objects::default(),
+            recorded: Vec::new(),
+        }
     }
 
     /// Makes the state that the rows tell of.
@@ -134,6 +146,7 @@ impl<R: Rows> State<R> {
             Key::Bound(number, seq) => queue_of(number, &mut |queue| queue.sessions.load_lease(seq, row.clone())),
             _ => Ok(()),
         })?;
+        load_journals(&rows, &mut by_number)?;
         let mut objects = Objects::default();
         rows.each(Table::Objects, &mut |key, row| objects.load(key, row))?;
         let queue_number = by_number.keys().copied().max().unwrap_or(0);
@@ -141,7 +154,7 @@ impl<R: Rows> State<R> {
             queue.sort_over();
             (queue.name.clone(), queue)
         });
-        Ok(State { rows, rules, queues: sorted.collect(), queue_number, objects })
+        Ok(State { rows, rules, queues: sorted.collect(), queue_number, objects, recorded: Vec::new() })
     }
 
     /// Applies the ops in order at one point in time. `Err`: the store failed, and the state is unfit for use.
@@ -176,7 +189,9 @@ impl<R: Rows> State<R> {
         for name in touched {
             let Some(queue) = self.queues.get_mut(&name) else { continue };
             queue.is_open = false;
-            effects.push(Turn { queue, rows: &mut self.rows, rules: &self.rules, now }.finish()?);
+            let (effect, recorded) = Turn { queue, rows: &mut self.rows, rules: &self.rules, now }.finish()?;
+            effects.push(effect);
+            self.recorded.extend(recorded);
             if !queue.is_stored {
                 self.queues.remove(&name);
             }
@@ -242,9 +257,36 @@ impl<R: Rows> State<R> {
         Ok(notes)
     }
 
+    /// What was recorded since this was last called.
+    pub fn take_recorded(&mut self) -> Vec<Recorded> {
+        std::mem::take(&mut self.recorded)
+    }
+
     pub fn rows_mut(&mut self) -> &mut R {
         &mut self.rows
     }
+}
+
+/// Gives each queue the order of its chunks and histories.
+fn load_journals<R: Rows>(rows: &R, by_number: &mut HashMap<u32, Queue, foldhash::fast::RandomState>) -> Result<()> {
+    let (mut chunks, mut histories): (HashMap<u32, Vec<_>>, HashMap<u32, Vec<_>>) = Default::default();
+    rows.each(Table::Chunks, &mut |key, row| {
+        if let Key::Chunk(number, last) = key {
+            chunks.entry(number).or_default().push((last, journal::chunk_time(&row)?));
+        }
+        Ok(())
+    })?;
+    rows.each(Table::Histories, &mut |key, row| {
+        if let Key::History(number, seq) = key {
+            histories.entry(number).or_default().push((journal::read_history_row(&row)?.0, seq, row));
+        }
+        Ok(())
+    })?;
+    for (number, queue) in by_number {
+        let (chunks, histories) = (chunks.remove(number), histories.remove(number));
+        queue.journal.load(chunks.unwrap_or_default(), histories.unwrap_or_default())?;
+    }
+    Ok(())
 }
 
 /// Takes the record of a job in; one without a row of its own is ready, and as its enqueue left it.
@@ -315,12 +357,17 @@ fn check_stamp(stored: &Stamp, stamp: &Stamp) -> Result<()> {
 mod tests {
     use super::*;
     use crate::job::{JobRef, JobState, Lease, Policy};
+    use crate::shard::event::Recording;
     use crate::shard::memory::MapRows;
     use crate::shard::{Action, Outcome, Party, Retention, Start};
     use proptest::prelude::*;
     use std::sync::Arc;
 
-    const RULES: Rules = Rules { retention: Retention { age_ms: 500, jobs: 6 }, lapses_max: 2 };
+    const RULES: Rules = Rules {
+        retention: Retention { age_ms: 500, jobs: 6 },
+        lapses_max: 2,
+        recording: Some(Recording { age_ms: 400, histories: 5, journal: 20 }),
+    };
 
     /// An action made of three numbers, on jobs and with tokens that are few enough to meet each other.
     fn action((kind, a, b): (u8, u64, u64)) -> Action {
@@ -373,6 +420,9 @@ mod tests {
         let mut actions: Vec<Action> = states.map(|state| Action::Peek { state, offset: 0, count: 1_000 }).collect();
         actions.extend((0..4).map(|id| Action::Job { job: JobRef::Chosen(format!("id{id}").into()) }));
         actions.push(Action::Stats);
+        actions.extend((1..13).map(|seq| Action::History { job: JobRef::Seq(seq) }));
+        actions.extend((0..4).map(|id| Action::History { job: JobRef::Chosen(format!("id{id}").into()) }));
+        actions.push(Action::EventsAfter { number: 0, count: 1_000 });
         let ops = actions.into_iter().map(|action| Op { queue: queue.clone(), action }).collect();
         state.apply(ops, now).unwrap().outcomes.into_iter().map(|outcome| outcome.unwrap()).collect()
     }

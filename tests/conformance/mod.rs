@@ -8,6 +8,7 @@
 
 mod dead;
 mod delivery;
+mod events;
 mod groups;
 pub mod keyguard;
 mod keys;

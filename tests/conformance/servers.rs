@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::trial::Home;
 use super::{
-    Case, dead, delivery, groups, keys, life, limits, locks, outbox, pages, run, sessions, time, travel, verdicts,
+    Case, dead, delivery, events, groups, keys, life, limits, locks, outbox, pages, run, sessions, time, travel,
+    verdicts,
 };
 use crate::support::servers::{Cluster, Flavour, Sentinels};
 
@@ -19,6 +20,7 @@ fn suite() -> impl Iterator<Item = &'static Case> {
         outbox::CASES,
         pages::CASES,
         life::CASES,
+        events::CASES,
         locks::CASES,
         groups::CASES,
         sessions::CASES,

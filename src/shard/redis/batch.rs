@@ -14,6 +14,7 @@ use super::{Keys, QUEUE_KEYS, keyed};
 use crate::clock::UnixMs;
 use crate::error::{Error, Result};
 use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Spec, TEXT_BYTES_MAX};
+use crate::shard::event::{self, PAGE_EVENTS_MAX, Recording};
 use crate::shard::{
     Action, BULK_JOBS_MAX, DeathGroup, DeathMark, Deed, Departure, Effect, Keyed, LimitDeed, LimitView, Op, Outcome,
     PAGE_JOBS_MAX, Placed, QueueLimits, RATE_STEPS, Rate, Rules, SessionView, Start, Stats, TICK_JOBS_MAX,
@@ -92,6 +93,9 @@ pub fn is_repeatable(action: &Action) -> bool {
             | Action::DeadGet { .. }
             | Action::Keep { .. }
             | Action::Sessions { .. }
+            | Action::History { .. }
+            | Action::EventsAfter { .. }
+            | Action::EventsRecent { .. }
             | Action::Tick
             | Action::Outbox
             | Action::OutboxTold { .. }
@@ -410,8 +414,13 @@ fn put_header(out: &mut BytesMut, keys: &Keys, rules: &Rules, queue: &Name, at: 
     put_short(out, rules.retention.jobs);
     out.put_u32(rules.lapses_max);
     out.put_u32(BULK_JOBS_MAX as u32);
+    let recording = rules.recording.unwrap_or(Recording { age_ms: 0, histories: 0, journal: 0 });
+    put_short(out, recording.age_ms);
+    put_short(out, recording.histories);
+    put_short(out, recording.journal);
     put_bytes(out, keys.wake().as_bytes());
     put_bytes(out, queue.as_str().as_bytes());
+    put_bytes(out, keys.channels().as_bytes());
 }
 
 fn put_jobs(command: &mut Cmd, scratch: &mut BytesMut, action: &Action, is_special: bool) {
@@ -584,6 +593,13 @@ fn put_one(command: &mut Cmd, scratch: &mut BytesMut, action: &Action) {
         Action::Limit(deed) => put_limit(command, scratch, deed),
         Action::Purge { state } => {
             command.arg("u").arg(state_char(*state));
+        }
+        Action::History { job } => put_ref(command.arg("y"), scratch, job),
+        Action::EventsAfter { number, count } => {
+            command.arg("v").arg(*number.min(&SHORT_MAX)).arg(*count.min(&(PAGE_EVENTS_MAX as u64)));
+        }
+        Action::EventsRecent { count } => {
+            command.arg("V").arg(*count.min(&(PAGE_EVENTS_MAX as u64)));
         }
         Action::DeadRetry { jobs } => put_refs(command, scratch, "R", jobs),
         Action::DeadDelete { jobs } => put_refs(command, scratch, "D", jobs),
@@ -786,7 +802,7 @@ fn read_view(value: Value) -> Option<JobView> {
     view.error = short_text(&mut state)?;
     view.trace = short_text(&mut state)?;
     view.progress_text = short_text(&mut state)?;
-    view.result = state;
+    view.result = event::result_in(&state)?;
     Some(view)
 }
 
@@ -802,6 +818,18 @@ fn read_session(value: Value) -> Option<SessionView> {
         leased: next()? as u64,
         oldest_at: next().and_then(|at| u64::try_from(at).ok()),
     })
+}
+
+/// Chunks as `rules.lua` shows them, in either order.
+fn read_events(value: Value, after: Option<u64>, count: u64) -> Option<Outcome> {
+    let mut values = list(value)?.into_iter();
+    let (born, last) = (int(&values.next()?)? as u64, int(&values.next()?)? as u64);
+    let mut chunks = Vec::new();
+    while let Some(number) = values.next() {
+        chunks.push((int(&number)? as u64, text(values.next()?)?));
+    }
+    chunks.sort_unstable_by_key(|(number, _)| *number);
+    event::page(born, last, chunks, after, (count as usize).min(PAGE_EVENTS_MAX)).map(Outcome::Events)
 }
 
 fn read_stats(value: Value, now: UnixMs) -> Option<Stats> {
@@ -849,6 +877,14 @@ fn read_one(action: &Action, value: Value, now: UnixMs) -> Option<Outcome> {
             Outcome::Outbox { groups, now }
         }
         (Action::Limit(_), value) => Outcome::Limits(Box::new(read_limits(value)?)),
+        (Action::History { .. }, Value::Nil) => Outcome::History(Vec::new()),
+        (Action::History { .. }, value) => {
+            let mut parts = list(value)?.into_iter();
+            let seq = short(&mut text(parts.next()?)?)?;
+            Outcome::History(event::read_history(seq, text(parts.next()?)?)?)
+        }
+        (Action::EventsAfter { number, count }, value) => read_events(value, Some(*number), *count)?,
+        (Action::EventsRecent { count }, value) => read_events(value, None, *count)?,
         (Action::Stats, value) => Outcome::Stats(Box::new(read_stats(value, now)?)),
         (Action::Keep { .. }, value) => {
             let counts: Option<Vec<i64>> = list(value)?.iter().map(int).collect();

@@ -14,7 +14,7 @@
 --   scheduled, leased, expiring, dead      zsets of seqs by due time, lease end, end of ttl, time of death
 --   held       hash     "i" id -> seq; "u" unique key -> seq and the time until which it is held (0: no end);
 --                       "g" group -> how many of its jobs have a turn; "s" session -> its number, since when (6
---                       each), then for each who keeps it keeper and end (6 each);
+--                       each), then for each who keeps it keeper and end (6 each); "h" id -> seq of a retired job;
 --                       "b" shard -> number of the last batch of jobs that came from it;
 --                       "h" -> the version in which homes moved last, as far as the queue was told
 --   blocked    zset     ready jobs that wait for a turn of their group, all of score 0: group (2 and bytes),
@@ -27,6 +27,8 @@
 --   completed, cancelled, expired          lists of the seqs that are kept, oldest first
 --   outbox     hash     key of a group of deaths -> its row, as `src/shard/outbox.rs` lays it out
 --   moving     hash     jobs on their way to another shard: seq -> rank (4), and "" -> number of the batch (6), route
+--   retired    list     seqs of jobs without a record, whose state record is kept for its history, oldest first
+--   journal    stream   a chunk of events for each call that made some; its id is the number of the last of them
 -- ARGV: the header, then the ops. The answer: {outcomes, ready, load, due (-1: nothing), now, deaths}.
 --
 -- A seq is 6 bytes big-endian, so that members of one score sort by number. A state record:
@@ -35,7 +37,8 @@
 --   2 token (6)   8 flags of the record   9 last verdict: A ack, F fail, R release, P lapse, - none
 --   10 the state that the verdict answered   11 place (6), of jobs that are over the order in which they ended
 --   17 spent (4)   21 lapses (4)   25 redrives (4)   29 due time, lease end or time of the end (6)
---   35 started (6)   41 progress, 255 none   42 worker, error, trace, progress text (2 and bytes each), result (the rest)
+--   35 started (6)   41 progress, 255 none   42 worker, error, trace, progress text (2 and bytes each), history (the rest,
+--   and last in it the result: `src/shard/event.rs` has its layout, and that of a chunk)
 
 local call = redis.call
 local sub, byte, char, format = string.sub, string.byte, string.char, string.format
@@ -44,12 +47,15 @@ local spread = table.unpack or unpack
 local META, JOBS, STATE, READY, RANKED, SCHEDULED, LEASED = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local EXPIRING, DEAD, HELD, COMPLETED, CANCELLED, EXPIRED = KEYS[8], KEYS[9], KEYS[10], KEYS[11], KEYS[12], KEYS[13]
 local OUTBOX, BLOCKED, SESSIONS, BOUND, LIMITS, MOVING = KEYS[14], KEYS[15], KEYS[16], KEYS[17], KEYS[18], KEYS[19]
-local META_FORMAT = '<ddddddddddddddddddddddddddddd'
-local META_BYTES = 232
+local RETIRED, JOURNAL = KEYS[20], KEYS[21]
+local META_FORMAT = '<dddddddddddddddddddddddddddddddddd'
+local META_BYTES = 272
 local TIME_MAX = 281474976710655 -- what 6 bytes hold
 local NOBODY = '\0\0\0\0\0\0'
 
-local now, keep_ms, keep_jobs, lapses_max, bulk_max = parse('>I6I6I6I4I4', ARGV[1])
+local now, keep_ms, keep_jobs, lapses_max, bulk_max, history_ms, history_jobs, journal_events =
+  parse('>I6I6I6I4I4I6I6I6', ARGV[1])
+local recording = journal_events > 0
 if now == 0 then
   local time = call('TIME')
   now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
@@ -97,7 +103,7 @@ local M
 do
   local seq, paused, ready, scheduled, leased, dead, completed_kept, cancelled_kept, expired_kept, enqueued, delivered,
     completed, failed, lapsed, released, died, redriven, cancelled, expired, ranked, odd, ttl, held, ended, keep_until, due,
-    deaths, sessions, bound =
+    deaths, sessions, bound, events, born, retired, retired_until, journal_check =
     -- Shorter where an older version wrote it; what it did not know is 0.
     parse(META_FORMAT, #meta_was < META_BYTES and meta_was .. string.rep('\0', META_BYTES - #meta_was) or meta_was)
   M = {
@@ -117,6 +123,11 @@ do
     deaths = deaths, -- that the groups in the outbox count
     sessions = sessions, -- members of `sessions`
     bound = bound, -- members of `bound`
+    events = events, -- the number of the last event
+    born = born, -- when the first was recorded
+    retired = retired, -- members of `retired`
+    retired_until = retired_until, -- none of them is too old before this
+    journal_check = journal_check, -- nothing in the journal is too old before this
   }
 end
 local function seen(bit)
@@ -129,9 +140,10 @@ local function blocked()
 end
 
 local ready_was = M.paused == 0 and M.ready or 0
-local deaths_was = M.deaths
+local deaths_was, died_was = M.deaths, M.died
 local at = 2 -- the next argument
 local shed = false -- the list `ready` has got a ghost
+local notes, noted = {}, 0 -- the chunk of this call in pieces, and how many events that is
 local rules -- what rules.lua makes, once it is needed
 local make_rules
 local make_sessions -- makes what sessions.lua adds to the rules

@@ -3,6 +3,8 @@
 //! Every await here ends by itself. An error is judged by whether the server may have run the call: what it refuses before
 //! a script's first write has certainly not happened.
 
+use std::collections::BTreeSet;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex as SyncMutex, PoisonError};
 use std::time::Duration;
@@ -25,6 +27,7 @@ use super::Timeouts;
 use super::dial::Endpoint;
 use super::keyed::read_wake;
 use crate::error::{Code, Error, Happened, Result};
+use crate::shard::feed::{Ear, Topic, Wish};
 use crate::shard::{Keyspace, OnWake, Wake};
 
 /// Most partitions of one cluster.
@@ -423,5 +426,97 @@ async fn listen(subscription: PubSub, patience: Duration, on_wake: &OnWake) {
                 }
             }
         }
+    }
+}
+
+/// Tells an ear what it wishes to hear until it is aborted, on a connection that is there while something is wished.
+/// `channels` stands before the name of every channel.
+pub async fn follow(home: Arc<Home>, channels: String, timeouts: Timeouts, ear: Arc<Ear>) {
+    loop {
+        let (needed, version) = ear.wishes.needed();
+        if needed.is_empty() {
+            ear.listens(version);
+            ear.changed(version).await;
+            continue;
+        }
+        let opening = async { home.server().await?.get_async_pubsub().await };
+        if let Ok(Ok(subscription)) = timeout(timeouts.connect + timeouts.answer, opening).await {
+            hear(subscription, &channels, timeouts.answer, &ear).await;
+        }
+        if !ear.wishes.needed().0.is_empty() {
+            ear.is_deaf();
+            let rest = rand::rng().random_range(RETRY_MS);
+            tokio::time::sleep(Duration::from_millis(rest)).await;
+        }
+    }
+}
+
+/// Subscribes to what is wished, as it changes, and passes on what comes, until the connection is gone or nothing is wished.
+async fn hear(subscription: PubSub, channels: &str, patience: Duration, ear: &Ear) {
+    let (mut sink, mut messages) = subscription.split();
+    let name = |(topic, queue): &Wish| {
+        let queue = queue.as_ref().map_or("*", |queue| queue.as_str());
+        format!("{channels}{}{queue}", mark(*topic))
+    };
+    let mut have: BTreeSet<Wish> = BTreeSet::new();
+    loop {
+        let (needed, version) = ear.wishes.needed();
+        let changing = async {
+            // The new ones first, so that nothing is missed where one takes another's place.
+            for wish in needed.difference(&have) {
+                match wish.1 {
+                    Some(_) => sink.subscribe(name(wish)).await?,
+                    None => sink.psubscribe(name(wish)).await?,
+                }
+            }
+            for wish in have.difference(&needed) {
+                match wish.1 {
+                    Some(_) => sink.unsubscribe(name(wish)).await?,
+                    None => sink.punsubscribe(name(wish)).await?,
+                }
+            }
+            RedisResult::Ok(())
+        };
+        if !matches!(timeout(patience, changing).await, Ok(Ok(()))) {
+            return;
+        }
+        have = needed;
+        ear.listens(version);
+        if have.is_empty() {
+            return;
+        }
+        let mut changed = pin!(ear.changed(version));
+        loop {
+            let message = tokio::select! {
+                message = timeout(SILENCE_MAX, messages.next()) => message,
+                () = &mut changed => break,
+            };
+            match message {
+                Ok(Some(message)) => {
+                    let channel = message.get_channel_name();
+                    for topic in [Topic::Events, Topic::Deaths] {
+                        let queue = channel.strip_prefix(channels).and_then(|rest| rest.strip_prefix(mark(topic)));
+                        if let Some(queue) = queue {
+                            ear.tell_message(topic, queue.as_bytes(), message.get_payload_bytes());
+                        }
+                    }
+                }
+                Ok(None) => return,
+                Err(_) => {
+                    let is_there = matches!(timeout(patience, sink.ping::<Value>()).await, Ok(Ok(_)));
+                    if !is_there {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What tells the channels of a topic, as `finish.lua` names them.
+fn mark(topic: Topic) -> &'static str {
+    match topic {
+        Topic::Events => "feed:",
+        Topic::Deaths => "dead:",
     }
 }

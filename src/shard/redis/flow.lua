@@ -25,6 +25,10 @@ local function enqueue_plain(is_sized)
   M.seq = seq + count
   M.ready = M.ready + count
   M.enqueued = M.enqueued + count
+  if recording then
+    noted = noted + count
+    notes[#notes + 1] = 'Q' .. pack('>I6I4', seq + 1, count)
+  end
   return marks and {seq + 1, marks} or seq + 1
 end
 
@@ -49,7 +53,11 @@ local function lease()
     seqs, records, states = rules.take(count)
     count = #seqs
   end
+  if recording and M.held ~= 0 then
+    rules = rules or make_rules()
+  end
   local changes, ends, began, spent = {}, {}, pack('>I6', now), ''
+  local named = recording and M.held ~= 0
   local i, position = 0, 1
   while i < count do
     local jobs, lease_ms, worker
@@ -58,11 +66,20 @@ local function lease()
     local ending_text, times = format('%.0f', ending), pack('>I6', ending) .. began
     local text = pack('>I2c0', #worker, worker)
     local plain = '\0\0\0\0\0\0\0\0\0\0\0\0' .. times .. '\255' .. text .. '\0\0\0\0\0\0'
+    local started = ''
+    if recording then
+      plain, started = plain .. 'Q', 's' .. began .. '\0\0\0\1' .. text
+    end
     for j = i + 1, math.min(i + jobs, count) do
       local job, state = seqs[j], states and states[j]
       changes[2 * j - 1] = job
       if state then
         changes[2 * j] = rules.leased_again(state, sub(tokens, 6 * j - 5, 6 * j), times, worker)
+      elseif recording then
+        local record = records[j]
+        local id = named and rules.id_entry(record) or ''
+        changes[2 * j] = 'L' .. sub(tokens, 6 * j - 5, 6 * j) .. sub(record, 14, 14) .. '--' .. job .. plain
+          .. sub(record, 1, 13) .. id .. started
       else
         changes[2 * j] = 'L' .. sub(tokens, 6 * j - 5, 6 * j) .. sub(records[j], 14, 14) .. '--' .. job .. plain
       end
@@ -87,7 +104,15 @@ local function lease()
       rules.start(count)
     end
   end
-  return {table.concat(seqs), spent, records}
+  local all = table.concat(seqs)
+  if recording and count > 0 then
+    if named then
+      rules.name_all(seqs, records)
+    end
+    noted = noted + count
+    notes[#notes + 1] = 'S' .. pack('>I4I4B', count, #parties, spent == '' and 0 or 1) .. parties .. all .. spent
+  end
+  return {all, spent, records}
 end
 
 -- Completes jobs, for any number of ops; no job is named twice.
@@ -101,7 +126,7 @@ local function ack()
     seqs[i] = sub(leases, 12 * i - 11, 12 * i - 6)
   end
   local states = fetch(STATE, seqs)
-  local changes, done = {}, {}
+  local changes, done, ends = {}, {}, {}
   local ended = pack('>I6', M.ended + 1)
   local over = pack('>I6', now)
   local i, n = 0, 0
@@ -120,10 +145,15 @@ local function ack()
       M.leased = M.leased - n
       M.completed = M.completed + n
       M.completed_kept = M.completed_kept + n
+      if recording then
+        noted = noted + n
+        notes[#notes + 1] = 'C' .. pack('>I4', n) .. table.concat(ends)
+      end
     end
   end
   for group = 1, #groups, 4 do
     local result = ARGV[at]
+    local ending = (recording and 'c' .. over or '') .. (result ~= '' and '=' .. result or '')
     at = at + 1
     for j = i + 1, i + parse('>I4', groups, group) do
       local state, mark = states[j], '0'
@@ -136,13 +166,21 @@ local function ack()
           n = n + 1
           done[n] = seqs[j]
           changes[2 * n - 1] = seqs[j]
-          changes[2 * n] = 'C' .. sub(state, 2, 8) .. 'AC' .. ended .. sub(state, 17, 28) .. over .. sub(state, 35) .. result
+          changes[2 * n] = 'C' .. sub(state, 2, 8) .. 'AC' .. ended .. sub(state, 17, 28) .. over .. sub(state, 35) .. ending
+          if recording then
+            if M.held ~= 0 then
+              rules.name(seqs[j], state)
+            end
+            local high, low = byte(state, 42, 43)
+            ends[2 * n - 1] = seqs[j]
+            ends[2 * n] = sub(state, 17, 43 + high * 256 + low)
+          end
           mark = '1'
         else
           rules = rules or make_rules()
           -- Those before it were over before it.
           finish()
-          changes, done, n = {}, {}, 0
+          changes, done, ends, n = {}, {}, {}, 0
           mark = rules.ack_late(seqs[j], state, result)
           ended = pack('>I6', M.ended + 1)
         end

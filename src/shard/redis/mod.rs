@@ -27,13 +27,14 @@ use tokio::task::AbortHandle;
 
 use self::batch::Part;
 use self::connect::{Failure, Home, Live};
+use super::feed::Ear;
 use super::{Action, Applied, BoxFuture, Effect, Health, Keyed, Keyspace, OnWake, Op, Outcome, Rules, Shard, Stamp};
 use crate::clock::{Millis, UnixMs};
 use crate::error::{Code, Error, Happened, Result};
 use crate::job::Name;
 
 /// The keys of a queue, by what follows their tag; in the order of the script's `KEYS`.
-const QUEUE_KEYS: [&str; 19] = [
+const QUEUE_KEYS: [&str; 21] = [
     "meta",
     "jobs",
     "state",
@@ -53,6 +54,8 @@ const QUEUE_KEYS: [&str; 19] = [
     "bound",
     "limits",
     "moving",
+    "retired",
+    "journal",
 ];
 
 /// The script of a queue. Locks and semaphores have their own ([`keyed`]).
@@ -126,6 +129,11 @@ impl Keys {
         self.of_shard("queues")
     }
 
+    /// What stands before the name of every channel but ordinary clients'.
+    fn channels(&self) -> String {
+        self.of_shard("")
+    }
+
     fn wake(&self) -> String {
         self.of_shard("wake")
     }
@@ -149,6 +157,7 @@ pub struct Redis {
     /// Queues that are in the registry, by this process's doing.
     registered: SyncMutex<HashSet<Name, RandomState>>,
     watcher: SyncMutex<Option<AbortHandle>>,
+    follower: SyncMutex<Option<AbortHandle>>,
 }
 
 impl Redis {
@@ -188,6 +197,7 @@ impl Redis {
             live: Mutex::default(),
             registered: SyncMutex::default(),
             watcher: SyncMutex::default(),
+            follower: SyncMutex::default(),
         }
     }
 
@@ -359,8 +369,10 @@ impl Redis {
 
 impl Drop for Redis {
     fn drop(&mut self) {
-        if let Some(watcher) = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            watcher.abort();
+        for task in [&self.watcher, &self.follower] {
+            if let Some(task) = task.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                task.abort();
+            }
         }
     }
 }
@@ -381,6 +393,14 @@ impl Shard for Redis {
     fn watch(&self, on_wake: OnWake) {
         let task = tokio::spawn(connect::watch(self.home.clone(), self.keys.wake(), self.timeouts, on_wake));
         let before = self.watcher.lock().unwrap_or_else(PoisonError::into_inner).replace(task.abort_handle());
+        if let Some(before) = before {
+            before.abort();
+        }
+    }
+
+    fn follow(&self, ear: Arc<Ear>) {
+        let task = tokio::spawn(connect::follow(self.home.clone(), self.keys.channels(), self.timeouts, ear));
+        let before = self.follower.lock().unwrap_or_else(PoisonError::into_inner).replace(task.abort_handle());
         if let Some(before) = before {
             before.abort();
         }

@@ -23,14 +23,14 @@ function make_rules()
     local rest
     it.place, it.spent, it.lapses, it.redrives, it.time, it.started, it.progress, it.worker, it.error, it.trace, it.note, rest =
       parse('>I6I4I4I4I6I6I1I2c0I2c0I2c0I2c0', state, 11)
-    it.result = sub(state, rest)
+    it.history = sub(state, rest)
     return it
   end
 
   local function save(it)
     call('HSET', STATE, it.job, it.state .. it.token .. char(it.flags + 64) .. it.verdict .. it.answer
       .. pack('>I6I4I4I4I6I6I1I2c0I2c0I2c0I2c0', it.place, it.spent, it.lapses, it.redrives, it.time, it.started,
-        it.progress, #it.worker, it.worker, #it.error, it.error, #it.trace, it.trace, #it.note, it.note) .. it.result)
+        it.progress, #it.worker, it.worker, #it.error, it.error, #it.trace, it.trace, #it.note, it.note) .. it.history)
   end
 
   local function has(it, flag)
@@ -57,7 +57,7 @@ function make_rules()
       it = read_head({
         token = NOBODY, flags = byte(record, 14) - 64, verdict = '-', answer = '-', place = parse('>I6', job), spent = 0,
         lapses = 0, redrives = 0, time = 0, started = 0, progress = 255, worker = '', error = '', trace = '', note = '',
-        result = '',
+        history = recording and 'Q' .. sub(record, 1, 13) .. rules.id_entry(record) or '',
       }, record)
       it.state = it.priority == 0 and 'R' or 'r'
     end
@@ -140,6 +140,107 @@ function make_rules()
       save(it)
     end
   end
+
+  ------------------------------------------------------------------------------------------------ what is recorded
+
+  -- The entry of a history that names the id that the client chose, or nothing.
+  function rules.id_entry(record)
+    if math.floor((byte(record, 14) - 64) / 2) % 2 == 0 then
+      return ''
+    end
+    local tail = string.match(record, '\n()', 15)
+    return 'i' .. sub(record, tail, tail + 1 + parse('>I2', record, tail))
+  end
+
+  -- The same of a history; nothing where it has none.
+  local function id_in(history)
+    return sub(history, 15, 15) == 'i' and parse('>I2c0', history, 16) or nil
+  end
+
+  local function name(job, entry)
+    if entry ~= '' then
+      notes[#notes + 1] = 'i' .. job .. sub(entry, 2)
+    end
+  end
+
+  -- Names the jobs of a lease for the journal.
+  function rules.name_all(seqs, records)
+    for i = 1, #seqs do
+      name(seqs[i], rules.id_entry(records[i]))
+    end
+  end
+
+  -- Names a job that is acked for the journal.
+  function rules.name(job, state)
+    if math.floor((byte(state, 8) - 64) / 2) % 2 == 1 then
+      local id = id_in(decode(state).history)
+      name(job, id and 'i' .. pack('>I2c0', #id, id) or rules.id_entry(call('HGET', JOBS, job)))
+    end
+  end
+
+  local ENTRY_BYTES = {Q = 14, W = 14, p = 8, ['.'] = 5}
+  local ENTRY_TEXT = {i = 1, s = 11, f = 7, x = 7} -- what stands before its text
+
+  local function entry_bytes(history, position)
+    local letter = sub(history, position, position)
+    local before = ENTRY_TEXT[letter]
+    if before then
+      return before + 2 + parse('>I2', history, position + before)
+    end
+    return ENTRY_BYTES[letter] or 7
+  end
+
+  -- Drops the middle of a history that has grown long.
+  local function shorten(history)
+    local position, dropped = 1, 0
+    while sub(history, position, position) ~= '.' do
+      local bytes = entry_bytes(history, position)
+      if position - 1 + bytes > 1024 then
+        break
+      end
+      position = position + bytes
+    end
+    local head = sub(history, 1, position - 1)
+    while #history - position + 1 > 2048 do
+      local is_gap = sub(history, position, position) == '.'
+      dropped = dropped + (is_gap and parse('>I4', history, position + 1) or 1)
+      position = position + entry_bytes(history, position)
+    end
+    return head .. '.' .. pack('>I4', dropped) .. sub(history, position)
+  end
+
+  local function extend(history, entry)
+    history = history .. entry
+    return #history > 4096 and shorten(history) or history
+  end
+
+  local HAS_WORKER = {p = true, c = true, f = true, b = true, d = true}
+  local ENDS = {c = true, f = true, b = true}
+
+  -- Records what happened to a job: in its history, which is written with the job, and for the journal.
+  local function note(it, letter, attempt, message)
+    if not recording then
+      return
+    end
+    local entry = letter .. pack('>I6', now)
+    message = message and sub(message, 1, 512) or ''
+    if letter == 'f' or letter == 'x' then
+      entry = entry .. pack('>I2c0', #message, message)
+    elseif letter == 'p' then
+      entry = entry .. char(it.progress)
+    end
+    it.history = extend(it.history, entry)
+    if has(it, 2) then
+      name(it.job, rules.id_entry(it.record))
+    end
+    local worker = HAS_WORKER[letter] and it.worker or ''
+    local duration = ENDS[letter] and math.max(now - it.started, 0) or TIME_MAX
+    noted = noted + 1
+    notes[#notes + 1] = letter .. it.job .. pack('>I4I6BI2c0I2c0', attempt or 0, duration, letter == 'p' and it.progress or 255,
+      #worker, worker, #message, message)
+  end
+
+  ------------------------------------------------------------------------------------------------ keys
 
   local function free_key(it)
     if has(it, 4) then
@@ -283,6 +384,7 @@ function make_rules()
   end
 
   local function make_expired(it)
+    note(it, 'e')
     M.expired = M.expired + 1
     make_over(it, 'E')
   end
@@ -376,6 +478,7 @@ function make_rules()
 
   local function make_dead(it)
     free_key(it)
+    note(it, 'd', it.spent, it.error)
     it.state, it.time = 'D', now
     M.died = M.died + 1
     M.dead = M.dead + 1
@@ -395,8 +498,36 @@ function make_rules()
     return math.min(math.max(plain + jitter, 0), it.backoff_max)
   end
 
-  -- Removes jobs and all that names them, except the index they were found in.
-  local function forget(seqs)
+  -- Keeps the histories of jobs of whose state records the oldest is of this time.
+  local function retire(seqs, time)
+    if not recording then
+      return send('HDEL', STATE, seqs)
+    end
+    if M.retired == 0 then
+      M.retired_until = math.max(time + history_ms, 1)
+    end
+    M.retired = M.retired + #seqs
+    send('RPUSH', RETIRED, seqs)
+  end
+
+  -- Ends the histories of jobs that are removed before they are over.
+  local function cut_short(seqs, reason)
+    if recording then
+      local records, states = fetch(JOBS, seqs), fetch(STATE, seqs)
+      for i = 1, #seqs do
+        if records[i] then
+          local it = job_of(seqs[i], records[i], states[i])
+          note(it, 'x', nil, reason)
+          it.state, it.verdict, it.time = 'X', '-', now
+          save(it)
+        end
+      end
+    end
+  end
+
+  -- Removes jobs and all that names them, except the index they were found in. Of their state records, which have histories,
+  -- the oldest is of this time. With a reason they are not over yet.
+  local function forget(seqs, time, reason)
     if #seqs == 0 then
       return
     end
@@ -415,7 +546,11 @@ function make_rules()
             end
           end
           if has(it, 2) then
-            call('HDEL', HELD, 'i' .. keys_of(it))
+            local id = keys_of(it)
+            call('HDEL', HELD, 'i' .. id)
+            if recording then
+              call('HSET', HELD, 'h' .. id, it.job)
+            end
           end
         end
       end
@@ -426,8 +561,11 @@ function make_rules()
     if M.bound > 0 then
       M.bound = M.bound - send('ZREM', BOUND, seqs)
     end
+    if reason then
+      cut_short(seqs, reason)
+    end
     send('HDEL', JOBS, seqs)
-    send('HDEL', STATE, seqs)
+    retire(seqs, time)
     for i = 1, #freed do
       admit(freed[i])
     end
@@ -644,8 +782,12 @@ function make_rules()
   -- The state record of a job that is leased once more.
   function rules.leased_again(state, token, times, worker)
     local it = decode(state)
+    local history = it.history
+    if recording then
+      history = extend(history, 's' .. pack('>I6I4I2c0', now, it.spent + 1, #worker, worker))
+    end
     return 'L' .. token .. sub(state, 8, 8) .. '--' .. sub(state, 11, 28) .. times .. '\255'
-      .. pack('>I2c0I2c0I2c0I2', #worker, worker, #it.error, it.error, #it.trace, it.trace, 0)
+      .. pack('>I2c0I2c0I2c0I2', #worker, worker, #it.error, it.error, #it.trace, it.trace, 0) .. history
   end
 
   function rules.spent(states, count)
@@ -674,7 +816,8 @@ function make_rules()
   function rules.ack_late(job, state, result)
     local verdict = sub(state, 9, 9)
     if verdict == 'A' then
-      return '1'
+      -- The state record of a job that is forgotten is there for its history alone.
+      return call('HEXISTS', JOBS, job) == 1 and '1' or '0'
     end
     if verdict ~= 'P' or KEPT[sub(state, 1, 1)] then
       return '0'
@@ -684,7 +827,12 @@ function make_rules()
       return '0'
     end
     leave(it)
-    it.verdict, it.answer, it.result = 'A', 'C', result
+    -- A lapse, which has no answer, was counted; the end of a session was not.
+    note(it, 'c', it.answer == '-' and it.spent or it.spent + 1)
+    it.verdict, it.answer = 'A', 'C'
+    if result ~= '' then
+      it.history = it.history .. '=' .. result
+    end
     M.completed = M.completed + 1
     make_over(it, 'C')
     return '1'
@@ -699,12 +847,15 @@ function make_rules()
     M.lapsed = M.lapsed + 1
     if it.lapses >= lapses_max or it.spent >= it.attempts then
       it.error = 'lease lapsed ' .. text(it.lapses) .. ' times: the worker crashed or hung'
+      note(it, 'f', it.spent, it.error)
       make_dead(it)
     else
       it.error = 'lease lapsed (' .. text(it.lapses) .. ' of ' .. text(lapses_max) .. ')'
+      note(it, 'f', it.spent, it.error)
       if is_expired(it) then
         make_expired(it)
       else
+        note(it, 'r', it.spent)
         make_scheduled(it, after(math.max(backoff(it), 1)))
       end
     end
@@ -721,6 +872,7 @@ function make_rules()
       expire(it)
     else
       leave(it)
+      note(it, 'q')
       make_ready(it)
     end
   end
@@ -806,9 +958,52 @@ function make_rules()
         M[KEPT_COUNT[state]] = M[KEPT_COUNT[state]] - count
       end
     end
-    forget(gone)
+    forget(gone, heads[1] and heads[1].time or now)
     local next = heads[#gone + 1]
     M.keep_until = next and next.time + keep_ms or 0
+  end
+
+  -- Forgets the oldest histories of jobs that are gone: what is too many, then what is too old; at most `bulk_max`.
+  function rules.trim_retired()
+    local excess = math.min(math.max(M.retired - history_jobs, 0), bulk_max)
+    local seqs = call('LRANGE', RETIRED, '0', text(M.retired_until > now and excess or bulk_max))
+    local states, count = fetch(STATE, seqs), 0
+    local function ends_at(i)
+      return parse('>I6', states[i], 29) + history_ms
+    end
+    while count < #seqs and count < bulk_max and (count < excess or ends_at(count + 1) <= now) do
+      count = count + 1
+    end
+    if M.held ~= 0 then
+      for i = 1, count do
+        local id = id_in(decode(states[i]).history)
+        if id and call('HGET', HELD, 'h' .. id) == seqs[i] then
+          call('HDEL', HELD, 'h' .. id)
+        end
+      end
+    end
+    if count > 0 then
+      send('HDEL', STATE, call('LPOP', RETIRED, text(count)))
+      M.retired = M.retired - count
+    end
+    M.retired_until = M.retired == 0 and 0 or seqs[count + 1] and math.max(ends_at(count + 1), 1) or now
+  end
+
+  -- Drops what is too old from the journal, seldom: up to a chunk that is found by halving.
+  function rules.trim_journal()
+    local low, high, young = 1, M.events + 1, nil
+    while low < high do
+      local middle = math.floor((low + high) / 2)
+      local found = call('XRANGE', JOURNAL, text(middle), '+', 'COUNT', '1')[1]
+      local time = found and parse('>I6', found[2][2])
+      if time and time + history_ms <= now then
+        low = tonumber(string.match(found[1], '^%d+')) + 1
+      else
+        high, young = middle, time or young
+      end
+    end
+    call('XTRIM', JOURNAL, 'MINID', text(low))
+    M.journal_check = young and math.max(young + history_ms, now + math.ceil(history_ms / 64)) or 0
   end
 
   ------------------------------------------------------------------------------------------------ the ops
@@ -899,8 +1094,16 @@ function make_rules()
           M.held = M.held + 2
         end
         local due = mode == 'd' and after(when) or mode == 'a' and when or 0
+        if recording then
+          name(job, rules.id_entry(full))
+          noted = noted + 1
+          notes[#notes + 1] = (due > now and 'w' or 'q') .. job .. pack('>I4I6BI2I2', 0, TIME_MAX, 255, 0, 0)
+        end
         if due > now then
           it.place = 0
+          if recording then
+            it.history = 'W' .. sub(it.history, 2)
+          end
           make_scheduled(it, due)
         elseif has(it, 8) then
           make_ready(it, true)
@@ -928,11 +1131,15 @@ function make_rules()
     end
     leave(it)
     it.spent, it.verdict, it.error, it.trace = it.spent + 1, 'F', message, trace
+    note(it, 'f', it.spent, message)
     M.failed = M.failed + 1
     if how == 'D' or it.spent >= it.attempts then
       it.answer = 'D'
       make_dead(it)
       return 'D'
+    end
+    if not is_expired(it) then
+      note(it, 'r', it.spent)
     end
     return wait(it, how == '' and backoff(it) or tonumber(how), false)
   end
@@ -945,6 +1152,7 @@ function make_rules()
     end
     leave(it)
     it.verdict = 'R'
+    note(it, 'b', it.spent + 1)
     M.released = M.released + 1
     return wait(it, tonumber(delay), true)
   end
@@ -962,12 +1170,13 @@ function make_rules()
   end
 
   local function progress()
-    local lease, percent, note = arguments(3)
+    local lease, percent, message = arguments(3)
     local it, refusal = leased(sub(lease, 1, 6), sub(lease, 7))
     if not it then
       return refusal
     end
-    it.progress, it.note = tonumber(percent), note
+    it.progress, it.note = tonumber(percent), message
+    note(it, 'p', it.spent + 1)
     save(it)
     return 'O'
   end
@@ -980,6 +1189,7 @@ function make_rules()
       return 'W'
     end
     leave(it)
+    note(it, 'x')
     M.cancelled = M.cancelled + 1
     it.verdict = '-'
     make_over(it, 'X')
@@ -1173,7 +1383,7 @@ function make_rules()
       return {0, -1}
     end
     local seqs = pull(state, count)
-    forget(seqs)
+    forget(seqs, 0, not KEPT[state] and 'purged' or nil)
     return {#seqs, count_of(state) > 0 and now or -1}
   end
 
@@ -1214,6 +1424,7 @@ function make_rules()
     leave(it)
     it.spent, it.lapses, it.redrives = 0, 0, it.redrives + 1
     it.token, it.verdict, it.answer = NOBODY, '-', '-'
+    note(it, 'v')
     M.redriven = M.redriven + 1
     if is_expired(it) then
       make_expired(it)
@@ -1264,7 +1475,7 @@ function make_rules()
       local it = find(resolve(arguments(1)))
       if it and it.state == 'D' and not is_moving(it.job) then
         leave(it)
-        forget({it.job})
+        forget({it.job}, now, 'deleted')
         gone[#gone + 1] = it.job
       end
     end
@@ -1400,7 +1611,7 @@ function make_rules()
     local it = read_head({
       job = job, token = NOBODY, flags = byte(record, 14) - 64, verdict = '-', answer = '-', place = M.seq, spent = spent,
       lapses = lapses, redrives = redrives, time = time, started = started, progress = progress, worker = worker,
-      error = message, trace = trace, note = note, result = '', stored = char_is ~= 'F',
+      error = message, trace = trace, note = note, history = '', stored = char_is ~= 'F',
     }, record)
     local id, key, span = keys_of(it)
     if id and call('HEXISTS', HELD, 'i' .. id) == 1 then
@@ -1409,6 +1620,13 @@ function make_rules()
       it.flags, it.record, id = it.flags - 2, record, nil
     end
     call('HSET', JOBS, job, record)
+    if recording then
+      local is_scheduled = char_is == 'S'
+      it.history = (is_scheduled and 'W' or 'Q') .. format('%013.0f', now) .. rules.id_entry(record)
+      name(job, rules.id_entry(record))
+      noted = noted + 1
+      notes[#notes + 1] = (is_scheduled and 'w' or 'q') .. job .. pack('>I4I6BI2I2', 0, TIME_MAX, 255, 0, 0)
+    end
     if (id or key) and not seen(1) then
       M.held = M.held + 1
     end
@@ -1473,19 +1691,76 @@ function make_rules()
         seqs[#seqs + 1] = fields[i]
       end
     end
-    forget(seqs)
+    forget(seqs, 0, 'moved')
     call('DEL', MOVING)
     return #seqs
   end
 
+  local function history()
+    local reference = arguments(1)
+    local job = resolve(reference)
+    if not job and byte(reference) == 105 then
+      job = M.held ~= 0 and call('HGET', HELD, 'h' .. sub(reference, 2))
+    end
+    local state = job and call('HGET', STATE, job)
+    if state then
+      return {job, decode(state).history}
+    end
+    local it = job and find(job)
+    return it and {job, it.history} or false
+  end
+
+  -- The beginning and the number of the last event, then chunks by the numbers of theirs.
+  local function events_after()
+    local number, count = arguments(2)
+    local answer, last = {M.born, M.events}, tonumber(number)
+    while last < M.events and last - tonumber(number) < tonumber(count) do
+      local found = call('XRANGE', JOURNAL, text(last + 1), '+', 'COUNT', '16')
+      if #found == 0 then
+        break
+      end
+      for i = 1, #found do
+        last = tonumber(string.match(found[i][1], '^%d+'))
+        answer[#answer + 1] = last
+        answer[#answer + 1] = found[i][2][2]
+        if last - tonumber(number) >= tonumber(count) then
+          break
+        end
+      end
+    end
+    return answer
+  end
+
+  -- The same, the newest chunk first.
+  local function events_recent()
+    local count = tonumber(arguments(1))
+    local answer, below = {M.born, M.events}, M.events
+    while below > 0 and M.events - below < count do
+      local found = call('XREVRANGE', JOURNAL, text(below), '-', 'COUNT', '16')
+      if #found == 0 then
+        break
+      end
+      for i = 1, #found do
+        local last = tonumber(string.match(found[i][1], '^%d+'))
+        if M.events - last >= count then
+          return answer
+        end
+        answer[#answer + 1] = last
+        answer[#answer + 1] = found[i][2][2]
+        below = last - 1
+      end
+    end
+    return answer
+  end
+
   -- For sessions.lua.
-  rules.decode, rules.save, rules.job_of, rules.leave, rules.wait, rules.text = decode, save, job_of, leave, wait, text
+  rules.decode, rules.save, rules.job_of, rules.leave, rules.wait, rules.text, rules.note =
+    decode, save, job_of, leave, wait, text, note
 
   rules.ops = {
-    o = outbox, T = told, F = settle,
+    o = outbox, T = told, F = settle, y = history, v = events_after, V = events_recent,
     q = seek, d = depart, W = arrive, z = departed,
-    E = enqueue, h = limit,
-    f = fail, r = release, x = extend, p = progress, c = cancel, j = look, g = look_dead, k = peek, s = stats,
+    E = enqueue, h = limit, f = fail, r = release, x = extend, p = progress, c = cancel, j = look, g = look_dead, k = peek, s = stats,
     P = pause, u = purge, R = dead_retry, A = dead_retry_all, D = dead_delete,
     n = function() return count_of(arguments(1)) end,
     t = function() return 'O' end,

@@ -130,6 +130,7 @@ function make_sessions(rules)
         rules.leave(it)
         M.released = M.released + 1
         it.verdict = 'P'
+        rules.note(it, 'b', it.spent + 1)
         rules.wait(it, 0, true)
       end
       if room > 0 then

@@ -69,6 +69,8 @@ pub struct Detail {
     pub trace: Bytes,
     pub progress_text: Bytes,
     pub result: Bytes,
+    /// What happened to the job, as `shard/event.rs` writes it.
+    pub history: BytesMut,
 }
 
 /// What an enqueue said, and when.
@@ -165,8 +167,8 @@ impl Job {
 
     pub fn encode(&self) -> Bytes {
         let detail = self.detail.as_deref().filter(|detail| **detail != Detail::default());
-        let texts = detail.map_or([&[][..]; 5], Detail::texts);
-        let mut out = BytesMut::with_capacity(HEADER_BYTES + 31 + texts.iter().map(|text| text.len()).sum::<usize>());
+        let texts = detail.map_or([&[][..]; 6], Detail::texts);
+        let mut out = BytesMut::with_capacity(HEADER_BYTES + 35 + texts.iter().map(|text| text.len()).sum::<usize>());
         out.put_slice(&self.encode_header());
         if let Some(detail) = detail {
             out.put_uint(detail.started_at, 6);
@@ -260,8 +262,8 @@ impl Job {
 }
 
 impl Detail {
-    fn texts(&self) -> [&[u8]; 5] {
-        [&self.worker, &self.error, &self.trace, &self.progress_text, &self.result]
+    fn texts(&self) -> [&[u8]; 6] {
+        [&self.worker, &self.error, &self.trace, &self.progress_text, &self.result, &self.history]
     }
 
     /// Reads the detail of a row.
@@ -293,6 +295,7 @@ impl Detail {
             trace: text()?,
             progress_text: text()?,
             result: text()?,
+            history: BytesMut::from(&text()?[..]),
         })
     }
 }

@@ -12,6 +12,7 @@ use super::turn::{Cause, To, Turn};
 use crate::clock::{Millis, UnixMs};
 use crate::error::{Error, Result};
 use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Policy, Spec, backoff_delay};
+use crate::shard::event::What;
 use crate::shard::{Action, BULK_JOBS_MAX, LimitDeed, LimitView, Op, Outcome, PAGE_JOBS_MAX, Placed, Start};
 
 /// Whether the action can be applied at all.
@@ -62,6 +63,9 @@ impl<R: Rows> Turn<'_, R> {
             Action::Peek { state, offset, count } => self.peek(state, offset, count),
             Action::Len { state } => Ok(Outcome::Count(self.queue.count(state))),
             Action::Stats => self.stats(),
+            Action::History { job } => self.history(&job),
+            Action::EventsAfter { number, count } => self.events_after(number, count),
+            Action::EventsRecent { count } => self.events_recent(count),
             Action::Pause { paused } => Ok(self.pause(paused)),
             Action::Purge { state } => self.purge(state),
             Action::DeadRetry { jobs } => self.dead_retry(&jobs),
@@ -120,7 +124,7 @@ impl<R: Rows> Turn<'_, R> {
             let Some(seq) = self.queue.line.first() else { break };
             let record = self.record(seq)?;
             let mut job = match self.queue.pristine.contains(seq) {
-                true => Job::new(seq, &record),
+                true => self.fresh_of(seq, &record),
                 false => self.known(seq)?,
             };
             let attempt = job.spent.saturating_add(1);
@@ -256,6 +260,10 @@ impl<R: Rows> Turn<'_, R> {
         };
         let detail = job.detail_mut();
         (detail.progress, detail.progress_text) = (Some(percent), Bytes::copy_from_slice(text));
+        if self.rules.recording.is_some() {
+            let attempt = job.spent.saturating_add(1);
+            self.note(lease.seq, &mut job, What::Progress, Some(attempt))?;
+        }
         self.put(lease.seq, job);
         Ok(Outcome::Done)
     }
@@ -305,7 +313,7 @@ impl<R: Rows> Turn<'_, R> {
         let seqs = self.queue.oldest(state, BULK_JOBS_MAX);
         let count = seqs.len() as u64;
         for seq in seqs {
-            self.remove(seq)?;
+            self.remove(seq, "purged")?;
         }
         let next = (self.queue.count(state) > 0).then_some(self.now);
         Ok(Outcome::Moved { count, next })
@@ -374,7 +382,7 @@ impl<R: Rows> Turn<'_, R> {
         let mut count = 0;
         for job in jobs {
             if let Some(seq) = self.dead(job) {
-                self.remove(seq)?;
+                self.remove(seq, "deleted")?;
                 count += 1;
             }
         }

@@ -8,6 +8,7 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 
 use super::group::Groups;
 use super::job::{Job, broken};
+use super::journal::Journal;
 use super::limit::Share;
 use super::line::{Dense, Line};
 use super::session::Sessions;
@@ -91,6 +92,7 @@ pub struct Queue {
     pub deaths: u64,
     pub sessions: Sessions,
     pub travel: Travel,
+    pub journal: Journal,
     /// The counters have changed since they were last written.
     pub is_dirty: bool,
     /// The batch that is being applied has touched the queue.
@@ -124,6 +126,7 @@ impl Queue {
             deaths: 0,
             sessions: Sessions::default(),
             travel: Travel::default(),
+            journal: Journal::default(),
             is_dirty: false,
             is_open: false,
             is_stored: false,
@@ -132,25 +135,30 @@ impl Queue {
 
     /// The row of the queue: everything that no other row says.
     pub fn encode(&self) -> Bytes {
-        let mut out = BytesMut::with_capacity(112 + self.name.as_str().len());
+        let mut out = BytesMut::with_capacity(136 + self.name.as_str().len());
         out.put_u64(self.counter);
         out.put_u64(self.ended);
         out.put_u8(u8::from(self.is_paused));
         let mut totals = self.totals.clone();
         totals.each().into_iter().for_each(|total| out.put_u64(*total));
+        for number in [self.journal.last, self.journal.born, self.journal.retired_last] {
+            out.put_u64(number);
+        }
         out.put_slice(self.name.as_str().as_bytes());
         out.freeze()
     }
 
     pub fn decode(number: u32, mut row: Bytes) -> Result<Queue> {
         let mut totals = Totals::default();
-        if row.len() < 17 + 8 * totals.each().len() {
+        if row.len() < 41 + 8 * totals.each().len() {
             return Err(broken("the row of a queue is too short"));
         }
         let (counter, ended, is_paused) = (row.get_u64(), row.get_u64(), row.get_u8() != 0);
         totals.each().into_iter().for_each(|total| *total = row.get_u64());
+        let (last, born, retired_last) = (row.get_u64(), row.get_u64(), row.get_u64());
+        let journal = Journal::new(last, born, retired_last);
         let name = Name::parse(&row).map_err(|_| broken("the name of a queue cannot be read"))?;
-        Ok(Queue { counter, ended, is_paused, totals, is_stored: true, ..Queue::new(name, number) })
+        Ok(Queue { counter, ended, is_paused, totals, journal, is_stored: true, ..Queue::new(name, number) })
     }
 
     /// Hands out a seq or a place.

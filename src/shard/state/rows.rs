@@ -37,6 +37,10 @@ pub enum Key {
     Note(Box<str>, Box<str>),
     /// What a queue knows of jobs that travel; not there where it knows nothing.
     Travel(u32),
+    /// The history of a job that has no other row any more.
+    History(u32, u64),
+    /// A part of the queue's journal, by the number of its last event.
+    Chunk(u32, u64),
 }
 
 /// The kinds of rows that are read as a whole when a state is rebuilt.
@@ -53,6 +57,8 @@ pub enum Table {
     Deaths,
     Notes,
     Travels,
+    Histories,
+    Chunks,
 }
 
 /// Called with each row of a table.

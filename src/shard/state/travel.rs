@@ -15,6 +15,7 @@ use super::rows::{Key, Rows};
 use super::turn::Turn;
 use crate::error::Result;
 use crate::job::{JobState, JobView, Policy, Spec};
+use crate::shard::event::{self, Event, What};
 use crate::shard::{BULK_JOBS_MAX, Departure, Outcome, Placed, TRAVEL_BYTES_MAX, TRAVEL_STEP};
 
 /// A batch on its way.
@@ -169,6 +170,10 @@ impl<R: Rows> Turn<'_, R> {
             self.put_hold(key, hold);
         }
         self.queue.is_dirty = true;
+        let what = if view.state == JobState::Scheduled { What::Scheduled } else { What::Queued };
+        if self.rules.recording.is_some() {
+            self.tell(&Event { chosen: policy.id.clone(), ..Event::new(what, seq, self.now) });
+        }
         if view.is_fresh() {
             self.queue.enter(seq, &job);
             self.queue.pristine.insert(seq);
@@ -180,7 +185,10 @@ impl<R: Rows> Turn<'_, R> {
             JobState::Dead => (job.at, job.place) = (view.finished_at.unwrap_or(self.now), 0),
             _ => job.place = self.queue.next(),
         }
+        let history =
+            self.rules.recording.map(|_| event::begin_history(what, self.now, record.spec.policy.id.as_ref()));
         let detail = job.detail_mut();
+        detail.history = history.unwrap_or_default();
         let copy = |text: &Bytes| Bytes::copy_from_slice(text);
         detail.started_at = view.started_at.unwrap_or(0);
         (detail.redrives, detail.progress) = (view.redrives, view.progress);
@@ -197,9 +205,10 @@ impl<R: Rows> Turn<'_, R> {
             None => Ok(Outcome::Count(0)),
             Some(batch) => {
                 for seq in &batch.seqs {
-                    let Some(job) = self.header(*seq)? else { continue };
+                    let has_row = self.queue.jobs.contains_key(seq);
+                    let Some(job) = self.take(*seq)? else { continue };
                     self.queue.give_turn(&job);
-                    self.forget(*seq, &job)?;
+                    self.forget(*seq, job, has_row, "moved")?;
                 }
                 self.put_travel();
                 Ok(Outcome::Count(batch.seqs.len() as u64))

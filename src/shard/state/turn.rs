@@ -11,6 +11,8 @@ use super::rows::{Key, Rows};
 use crate::clock::{Millis, UnixMs};
 use crate::error::Result;
 use crate::job::{JobRef, JobState, JobView, Spec, backoff_delay, flag};
+use crate::shard::event::{self, Event, What};
+use crate::shard::feed::Recorded;
 use crate::shard::{BULK_JOBS_MAX, Effect, Rules, TICK_JOBS_MAX};
 
 /// What made a job change its state.
@@ -70,9 +72,10 @@ impl<R: Rows> Turn<'_, R> {
         self.trim()
     }
 
-    /// Writes the counters; what the batch leaves for the lane.
-    pub fn finish(&mut self) -> Result<Effect> {
+    /// Writes the counters; what the batch leaves for the lane, and what it recorded.
+    pub fn finish(&mut self) -> Result<(Effect, Option<Recorded>)> {
         self.trim()?;
+        let recorded = self.close_chunk();
         if self.queue.is_dirty {
             self.rows.put(Key::Queue(self.queue.number), self.queue.encode());
             self.queue.is_dirty = false;
@@ -86,7 +89,7 @@ impl<R: Rows> Turn<'_, R> {
         let can_open = ready == 0 && line > 0 && !self.queue.is_paused;
         let opens_at = self.queue.share.as_ref().filter(|_| can_open).and_then(|share| share.opens_at());
         let due_at = self.queue.due_at().into_iter().chain(opens_at).min();
-        Ok(Effect {
+        let effect = Effect {
             queue: self.queue.name.clone(),
             ready,
             load: self.queue.count(JobState::Ready)
@@ -94,7 +97,8 @@ impl<R: Rows> Turn<'_, R> {
                 + self.queue.count(JobState::Scheduled),
             due_in: due_at.map(|at| at.saturating_sub(self.now)),
             deaths: self.queue.deaths,
-        })
+        };
+        Ok((effect, recorded))
     }
 
     /// Forgets the oldest of those that are over: what is too many or too old, at most [`BULK_JOBS_MAX`].
@@ -107,9 +111,9 @@ impl<R: Rows> Turn<'_, R> {
             if self.queue.kept() <= retention.jobs && !is_old {
                 break;
             }
-            self.remove(seq)?;
+            self.remove(seq, "")?;
         }
-        Ok(())
+        self.trim_histories()
     }
 
     fn lapse(&mut self, seq: u64) -> Result<()> {
@@ -137,6 +141,7 @@ impl<R: Rows> Turn<'_, R> {
     /// instead of waiting.
     pub fn transition(&mut self, seq: u64, mut job: Job, cause: Cause, to: To) -> Result<JobState> {
         self.leave(seq, &job);
+        let is_late = job.last == Last::Lapsed;
         let to = match to {
             To::EndOfLine | To::OldPlace | To::Scheduled(_) if job.is_expired(self.now) => To::Over(JobState::Expired),
             to => to,
@@ -181,6 +186,7 @@ impl<R: Rows> Turn<'_, R> {
         if job.has(flag::UNIQUE) && (job.state.is_over() || job.state == JobState::Dead) {
             self.free_unique(seq)?;
         }
+        self.record_transition(seq, &mut job, cause, is_late)?;
         let state = job.state;
         self.queue.enter(seq, &job);
         self.put(seq, job);
@@ -236,8 +242,18 @@ impl<R: Rows> Turn<'_, R> {
         }
         self.queue.totals.enqueued += 1;
         self.queue.is_dirty = true;
+        let mut what = What::Queued;
         if let Some(due_at) = due_at {
+            what = What::Scheduled;
             (job.state, job.at, job.place) = (JobState::Scheduled, due_at, 0);
+        }
+        if self.rules.recording.is_some() {
+            let chosen = record.spec.policy.id.as_ref();
+            self.tell(&Event { chosen: chosen.cloned(), ..Event::new(what, seq, self.now) });
+            // Any other is without a row until something happens to it.
+            if what == What::Scheduled || job.member.is_some() {
+                job.detail_mut().history = event::begin_history(what, self.now, chosen);
+            }
         }
         self.queue.enter(seq, &job);
         match (job.state, job.member.clone()) {
@@ -251,15 +267,16 @@ impl<R: Rows> Turn<'_, R> {
         Ok(seq)
     }
 
-    /// Removes a job and all trace of it.
-    pub fn remove(&mut self, seq: u64) -> Result<()> {
-        let Some(job) = self.header(seq)? else { return Ok(()) };
+    /// Removes a job and all trace of it but its history; where it is not over yet, that ends with `reason`.
+    pub fn remove(&mut self, seq: u64, reason: &'static str) -> Result<()> {
+        let has_row = self.queue.jobs.contains_key(&seq);
+        let Some(job) = self.take(seq)? else { return Ok(()) };
         self.leave(seq, &job);
-        self.forget(seq, &job)
+        self.forget(seq, job, has_row, reason)
     }
 
     /// The same for a job that stands in no order.
-    pub fn forget(&mut self, seq: u64, job: &Job) -> Result<()> {
+    pub fn forget(&mut self, seq: u64, job: Job, has_row: bool, reason: &'static str) -> Result<()> {
         if job.has(flag::ID)
             && let Some(id) = &self.record(seq)?.spec.policy.id
         {
@@ -268,12 +285,14 @@ impl<R: Rows> Turn<'_, R> {
         if job.has(flag::UNIQUE) {
             self.free_unique(seq)?;
         }
+        let member = job.member.clone();
+        self.retire(seq, job, reason)?;
         self.rows.delete(Key::Record(self.queue.number, seq));
-        if self.queue.jobs.remove(&seq).is_some() {
+        if has_row {
             self.rows.delete(Key::Job(self.queue.number, seq));
         }
         self.queue.is_dirty = true;
-        job.member.as_ref().map_or(Ok(()), |member| self.admit(&member.key))
+        member.map_or(Ok(()), |member| self.admit(&member.key))
     }
 
     /// Puts a job that was taken back and writes its row. Only a leased job keeps its detail in memory.
@@ -297,7 +316,9 @@ impl<R: Rows> Turn<'_, R> {
 
     /// Takes a job with its detail, to be put back; it stays in the order of its state until then.
     pub fn take(&mut self, seq: u64) -> Result<Option<Job>> {
-        let Some(mut job) = self.queue.jobs.remove(&seq) else { return self.header(seq) };
+        let Some(mut job) = self.queue.jobs.remove(&seq) else {
+            return self.queue.pristine.contains(seq).then(|| self.fresh(seq)).transpose();
+        };
         if job.detail.is_none() && !job.is_bare {
             job.detail = Some(Box::new(self.stored_detail(seq)?));
         }
@@ -307,6 +328,20 @@ impl<R: Rows> Turn<'_, R> {
     /// Takes a job that one of the orders names.
     pub fn known(&mut self, seq: u64) -> Result<Job> {
         self.take(seq)?.ok_or_else(|| broken("a job is in an order and nowhere else"))
+    }
+
+    /// A job as its enqueue left it, with the beginning of its history.
+    pub fn fresh(&self, seq: u64) -> Result<Job> {
+        self.record(seq).map(|record| self.fresh_of(seq, &record))
+    }
+
+    pub fn fresh_of(&self, seq: u64, record: &Record) -> Job {
+        let mut job = Job::new(seq, record);
+        if self.rules.recording.is_some() {
+            let chosen = record.spec.policy.id.as_ref();
+            job.detail_mut().history = event::begin_history(What::Queued, record.enqueued_at, chosen);
+        }
+        job
     }
 
     /// What is known of a job without its detail.
@@ -335,7 +370,7 @@ impl<R: Rows> Turn<'_, R> {
         Ok(self.rows.get(&Key::Record(self.queue.number, seq))?.map_or(0, |row| row.len()))
     }
 
-    fn stored_detail(&self, seq: u64) -> Result<Detail> {
+    pub fn stored_detail(&self, seq: u64) -> Result<Detail> {
         let row = self.rows.get(&Key::Job(self.queue.number, seq))?;
         Detail::decode(&row.ok_or_else(|| broken("the state of a job is missing"))?)
     }
