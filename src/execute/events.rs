@@ -34,10 +34,7 @@ pub async fn read(read: Read, dispatcher: Arc<Dispatcher>, asker: Asker) -> Done
     let Read { queue, mut cursor, count, block_ms } = read;
     let wait_ms = block_ms.map(|ms| if ms == 0 { asker.block_ms_max } else { ms.min(asker.block_ms_max) });
     let until = wait_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
-    let listening = match until {
-        Some(_) => Some(dispatcher.feed().listen((Topic::Events, Some(queue.clone())))),
-        None => None,
-    };
+    let listening = until.map(|_| dispatcher.feed().listen((Topic::Events, Some(queue.clone()))));
     if let (Some(listening), Some(until)) = (&listening, until) {
         // What comes before the shards listen is found by the first look.
         let _ = tokio::time::timeout_at(until, listening.heard()).await;
@@ -142,8 +139,11 @@ enum Line {
     Gap(Option<u64>),
 }
 
+/// Something, and the shard that it is of.
+type OfShard<T> = (Arc<str>, T);
+
 /// The first lines of all shards together by their time, and the places that the reader has then.
-fn merge(parts: Vec<Part>, count: u64) -> (Vec<(Arc<str>, Line)>, Vec<(Arc<str>, Place)>) {
+fn merge(parts: Vec<Part>, count: u64) -> (Vec<OfShard<Line>>, Vec<OfShard<Place>>) {
     let (mut lines, mut places) = (Vec::new(), Vec::new());
     let mut queues: Vec<_> = Vec::new();
     for Part { shard, page, gap } in parts {
