@@ -323,7 +323,7 @@ mod tests {
     #[test]
     fn names_are_listed_whole_by_category_and_by_pattern() {
         assert_eq!(wire("COMMAND LIST FILTERBY PATTERN GOFLOW.QUEUE?", Protocol::Resp2), "*1 $13 goflow.queues ");
-        let blocking = "*3 $14 goflow.dequeue $19 goflow.lock|acquire $18 goflow.sem|acquire ";
+        let blocking = "*4 $14 goflow.dequeue $19 goflow.lock|acquire $18 goflow.sem|acquire $18 goflow.events|read ";
         assert_eq!(wire("COMMAND LIST FILTERBY ACLCAT blocking", Protocol::Resp2), blocking);
         assert_eq!(wire("COMMAND LIST FILTERBY MODULE x", Protocol::Resp2), "*0 ");
         assert!(wire("ACL CAT", Protocol::Resp2).contains("$6 goflow "));

@@ -42,6 +42,7 @@ fn plausible(arg: &Arg) -> String {
             "attribute" => "lib-name".into(),
             "category" => "fast".into(),
             "command" => "goflow.len".into(),
+            "cursor" => "0".into(),
             _ => "text".into(),
         },
         Kind::Pattern => "*".into(),
