@@ -22,6 +22,7 @@ use crate::clock::Millis;
 use crate::command::{Acquire, Dequeue, Enqueue, JobAddress, Merge, Plan, Render, Route, job, lock};
 use crate::dispatch::bound::Binding;
 use crate::dispatch::lane::{Hold, Lane, Leased, new_tokens};
+use crate::dispatch::router::Candidates;
 use crate::dispatch::turnstile::{self, Claim, Wanted};
 use crate::dispatch::waiting::Ticket;
 use crate::dispatch::{Dispatcher, ShardMap, no_shard};
@@ -368,7 +369,13 @@ fn start_enqueue(enqueue: Enqueue, dispatcher: &Arc<Dispatcher>, asker: Asker) -
             let op = Op { queue, action: Action::Enqueue { policy, payloads, start } };
             return Ok(homes::enqueue(homes::Keyed { op, nx, asker }, dispatcher));
         }
-        (Some(name), None, None) => dispatcher.lane(name)?,
+        (Some(name), None, None) => {
+            let (lane, map) = (dispatcher.lane(name)?, dispatcher.map());
+            if map.lanes.iter().position(|known| known.name() == lane.name()).is_some_and(|at| map.is_draining(at)) {
+                return Err(Error::bad(format!("shard '{name}' takes no new jobs: it is draining or leaving")));
+            }
+            lane
+        }
         (None, None, None) if many => {
             let chunks = spread(&queue, payloads, dispatcher)?;
             let submitted = chunks.into_iter().map(|(lane, payloads)| {

@@ -107,6 +107,47 @@ fn a_shard_is_added_under_way_and_serves_who_waited_before() {
 }
 
 #[test]
+fn limits_are_lifted_before_their_shard_goes_and_hold_on_those_that_stay() {
+    let fleet = Fleet::start_plain(2, 1, &[]);
+    let mut wire = fleet.proxies[0].wire();
+    // So many that either shard keeps the ledgers of some.
+    let queues: Vec<String> = (0..20).map(|number| format!("q{number}")).collect();
+    let set = |wire: &mut Wire, limits: &str| {
+        queues.iter().for_each(|queue| ok(wire, &format!("GOFLOW.LIMIT {queue} {limits}")));
+    };
+    set(&mut wire, "CONCURRENCY 4 MAXLEN 10");
+    let refusal = wire.say("GOFLOW.SHARD REMOVE s0").text();
+    assert!(refusal.contains("keeps the limits of"), "{refusal}");
+    set(&mut wire, "CONCURRENCY 0 MAXLEN 0");
+    ok(&mut wire, "GOFLOW.SHARD REMOVE s0");
+    set(&mut wire, "MAXLEN 3");
+    for queue in &queues {
+        (0..3).for_each(|_| assert!(matches!(wire.call(&["GOFLOW.ENQUEUE", queue, "x"]), Value::Bulk(_))));
+        assert!(wire.call(&["GOFLOW.ENQUEUE", queue, "x"]).is_error("QUEUEFULL"));
+    }
+    let refusal = wire.say(&format!("GOFLOW.SHARD ADD s0 {}", fleet.shards[0].url())).text();
+    assert!(refusal.contains("was removed before"), "{refusal}");
+}
+
+#[test]
+fn a_job_that_came_back_to_its_first_shard_is_found_by_its_id() {
+    let fleet = Fleet::start_plain(2, 1, &[]);
+    let mut wire = fleet.proxies[0].wire();
+    let id = wire.say("GOFLOW.ENQUEUE main x SHARD s0").text();
+    for (from, to) in [("s0", "s1"), ("s1", "s0")] {
+        ok(&mut wire, &format!("GOFLOW.SHARD MOVE {from}"));
+        let refusal = wire.say(&format!("GOFLOW.ENQUEUE main x SHARD {from}")).text();
+        assert!(refusal.contains("takes no new jobs"), "{refusal}");
+        eventually!("the job has moved", {
+            let shard = wire.call(&["GOFLOW.JOB", "main", &id]);
+            (shard != Value::Null && shard.field("shard").text() == to).then_some(())
+        });
+        ok(&mut wire, &format!("GOFLOW.SHARD UNDRAIN {from}"));
+    }
+    assert_eq!(wire.call(&["GOFLOW.CANCEL", "main", &id]), Value::Integer(1));
+}
+
+#[test]
 fn a_shard_is_removed_when_it_is_empty_and_not_before() {
     let mut fleet = Fleet::start_plain(3, 2, &[]);
     let mut wire = fleet.proxies[0].wire();

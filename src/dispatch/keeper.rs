@@ -161,8 +161,9 @@ impl Keeper {
                 false => Ok(None),
             })
             .await;
+        // A newer one may have come meanwhile.
         if proposed.is_ok() {
-            *self.proposal() = None;
+            self.proposal().take_if(|known| known.version == proposal.version);
         }
         proposed.map(drop)
     }

@@ -294,6 +294,10 @@ impl Layout {
         if let Some(known) = self.members.iter().find(|known| known.url == member.url) {
             return Err(Error::bad(format!("shard '{}' has this URL already", known.name)));
         }
+        if self.left.contains(&member.name) {
+            // Ids, receipts and the numbers of what travelled still name the one that was there.
+            return Err(Error::bad(format!("a shard '{}' was removed before: expected another name", member.name)));
+        }
         let mut layout = self.clone();
         layout.members.push(member);
         layout.members.sort_by(|a, b| a.name.cmp(&b.name));

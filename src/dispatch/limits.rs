@@ -171,6 +171,16 @@ async fn look(map: &ShardMap, queue: &Name) -> Vec<Result<LimitView>> {
     join_all(map.lanes.iter().map(|lane| ask(lane, queue, LimitDeed::Look))).await
 }
 
+/// Where a lane stands in the map; its number says nothing of that.
+fn place_of(map: &ShardMap, lane: &Lane) -> Option<usize> {
+    map.lanes.iter().position(|known| known.name() == lane.name())
+}
+
+/// Whether the shard keeps the ledger of limits that hold.
+pub fn keeps_limits(view: &LimitView) -> bool {
+    Ledger::decode(&view.ledger).is_some_and(|ledger| ledger.limits != QueueLimits::default())
+}
+
 /// The newest ledger that any shard has: the home of a queue may have moved.
 fn newest(views: &[Result<LimitView>]) -> Ledger {
     let ledgers = views.iter().flatten().filter_map(|view| Ledger::decode(&view.ledger));
@@ -221,9 +231,10 @@ async fn settle(
 ) -> Result<Option<Settled>> {
     let home = map.lane_of_lock(queue.as_str());
     let views = look(map, queue).await;
-    let was = match &views[home.index()] {
-        Ok(view) => view.ledger_version,
-        Err(error) => return Err(error.clone()),
+    let was = match place_of(map, home).and_then(|at| views.get(at)) {
+        Some(Ok(view)) => view.ledger_version,
+        Some(Err(error)) => return Err(error.clone()),
+        None => return Err(super::no_shard(home.name())),
     };
     let mut ledger = newest(&views);
     if let Some(change) = change {
@@ -244,7 +255,8 @@ async fn settle(
         });
         parts.push(Part { view, bound, share, target: [0; 3] });
     }
-    // Shards that are not in the map any more, or do not answer, keep what they may have.
+    // One that was removed had no leases left. Others that are not in the map, or do not answer, keep what they may have.
+    ledger.bounds.retain(|shard, _| map.lane(shard).is_some() || !map.was_left(shard));
     let gone: Kinds<u64> = KINDS.map(|kind| {
         let others = ledger.bounds.iter().filter(|(shard, _)| map.lane(shard).is_none());
         others.filter_map(|(_, bounds)| bounds[kind]).sum()
@@ -442,8 +454,9 @@ async fn make_room(map: &ShardMap, lane: &Arc<Lane>, full: &mut HashMap<Name, In
 
 /// Whether the shard got a larger share for so many new jobs.
 async fn find_room(map: &ShardMap, queue: &Name, lane: &Lane, jobs: u64) -> bool {
+    let Some(place) = place_of(map, lane) else { return false };
     for _ in 0..TRIES {
-        match settle(map, queue, None, Some((lane.index(), jobs)), Duration::ZERO).await {
+        match settle(map, queue, None, Some((place, jobs)), Duration::ZERO).await {
             Ok(Some(settled)) => return settled.has_raised,
             Ok(None) => tokio::time::sleep(Duration::from_millis(rand::random_range(1..20))).await,
             Err(error) => {

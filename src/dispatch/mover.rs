@@ -72,37 +72,49 @@ async fn ask(lane: &Lane, queue: &Name, action: Action) -> Result<Outcome> {
     asked.await.unwrap_or_else(|_| Err(Error::shard_down(lane.name(), "was removed", Happened::Maybe)))
 }
 
-/// One look at all queues of a shard.
+/// One look at all queues of a shard. A queue that cannot be moved now does not keep the others.
 async fn empty(lane: &Lane, map: &ShardMap, journal: &Journal, holder: &str) -> Result<()> {
-    let mut left = 0;
+    let (mut left, mut failure) = (0, None);
     for queue in lane.shard().queues().await? {
-        for state in STATES {
-            loop {
-                if !lane.shard().lead(ROLE, holder, LEAD_MS).await? {
-                    journal.remove(lane.name());
-                    return Ok(());
-                }
-                let action = Action::Depart { state, count: BATCH_JOBS_MAX, route: route(map).into() };
-                let departure = match ask(lane, &queue, action).await? {
-                    Outcome::Departing(departure) => departure,
-                    other => return Err(Error::bad(format!("the shard answered a departure with {other:?}"))),
-                };
-                let Departure { number, route, jobs } = departure;
-                if jobs.is_empty() {
-                    break;
-                }
-                let count = jobs.len() as u64;
-                deliver(lane, map, &queue, number, &route, jobs).await?;
-                ask(lane, &queue, Action::Departed { number }).await?;
-                journal.entry(lane.name().clone()).or_default().moved += count;
+        match empty_queue(lane, map, journal, holder, &queue).await {
+            Ok(true) => {}
+            Ok(false) => {
+                journal.remove(lane.name());
+                return Ok(());
             }
+            Err(error) => failure = Some(error),
         }
         if let Outcome::Stats(stats) = ask(lane, &queue, Action::Stats).await? {
             left += stats.ready + stats.scheduled + stats.leased + stats.dead;
         }
     }
     journal.entry(lane.name().clone()).or_default().left = left;
-    Ok(())
+    failure.map_or(Ok(()), Err)
+}
+
+/// Moves the jobs of one queue; false when somebody else has the role.
+async fn empty_queue(lane: &Lane, map: &ShardMap, journal: &Journal, holder: &str, queue: &Name) -> Result<bool> {
+    for state in STATES {
+        loop {
+            if !lane.shard().lead(ROLE, holder, LEAD_MS).await? {
+                return Ok(false);
+            }
+            let action = Action::Depart { state, count: BATCH_JOBS_MAX, route: route(map).into() };
+            let departure = match ask(lane, queue, action).await? {
+                Outcome::Departing(departure) => departure,
+                other => return Err(Error::bad(format!("the shard answered a departure with {other:?}"))),
+            };
+            let Departure { number, route, jobs } = departure;
+            if jobs.is_empty() {
+                break;
+            }
+            let count = jobs.len() as u64;
+            deliver(lane, map, queue, number, &route, jobs).await?;
+            ask(lane, queue, Action::Departed { number }).await?;
+            journal.entry(lane.name().clone()).or_default().moved += count;
+        }
+    }
+    Ok(true)
 }
 
 /// Adds a batch where its route says.

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::{Asker, Done, graver, scatter, unexpected};
 use crate::command::event::{Place, Read, event_map, gap_map};
-use crate::dispatch::Dispatcher;
+use crate::dispatch::{Dispatcher, ShardMap};
 use crate::error::{Error, Result};
 use crate::resp::reply::Reply;
 use crate::shard::event::{Event, Page};
@@ -41,7 +41,8 @@ pub async fn read(read: Read, dispatcher: Arc<Dispatcher>, asker: Asker) -> Done
     }
     loop {
         let rung = listening.as_ref().map(|listening| listening.bell().notified_owned());
-        let parts = match ask(&read_places(&queue, &cursor, count, &dispatcher), &dispatcher, asker).await {
+        let map = dispatcher.map();
+        let parts = match ask(&read_places(&queue, &cursor, count, &map), &map, asker).await {
             Ok(parts) => parts,
             Err(error) => return Done::Reply(error.into()),
         };
@@ -64,7 +65,6 @@ pub async fn read(read: Read, dispatcher: Arc<Dispatcher>, asker: Asker) -> Done
             }
             continue;
         }
-        let map = dispatcher.map();
         let next = cursor.text(map.lanes.iter().map(|lane| &**lane.name()));
         let lines = lines.into_iter().map(|(shard, line)| match line {
             Line::Event(event) => event_map(&event, &queue, &shard),
@@ -74,14 +74,13 @@ pub async fn read(read: Read, dispatcher: Arc<Dispatcher>, asker: Asker) -> Done
     }
 }
 
-/// What each shard is asked, by its name.
+/// What each shard of the map is asked, in its order.
 fn read_places(
     queue: &crate::job::Name,
     cursor: &crate::command::event::Cursor,
     count: u64,
-    dispatcher: &Dispatcher,
+    map: &ShardMap,
 ) -> Vec<(Place, Op)> {
-    let map = dispatcher.map();
     let places = map.lanes.iter().map(|lane| cursor.place(lane.name()));
     places
         .map(|place| {
@@ -96,8 +95,7 @@ fn read_places(
 }
 
 /// Asks every shard; those that do not answer are left out. An error only when none does.
-async fn ask(wanted: &[(Place, Op)], dispatcher: &Arc<Dispatcher>, asker: Asker) -> Result<Vec<Part>> {
-    let map = dispatcher.map();
+async fn ask(wanted: &[(Place, Op)], map: &ShardMap, asker: Asker) -> Result<Vec<Part>> {
     let ops = map.lanes.iter().zip(wanted).map(|(lane, (_, op))| (lane.clone(), op.clone()));
     let mut failure: Option<Error> = None;
     let mut parts = Vec::new();

@@ -162,8 +162,9 @@ fn places(route: &Route, job: &JobRef, map: &ShardMap) -> Vec<Place> {
             format_id(&mut id, *seq, name);
             let id = id.freeze();
             let own = map.lane(name).map(|lane| (lane.clone(), job.clone()));
-            let others = map.lanes.iter().filter(|lane| **lane.name() != **name);
-            own.into_iter().chain(others.map(|lane| (lane.clone(), JobRef::Chosen(id.clone())))).collect()
+            // One that came back to its first shard has its old id there as a chosen one.
+            let travelled = map.lanes.iter().map(|lane| (lane.clone(), JobRef::Chosen(id.clone())));
+            own.into_iter().chain(travelled).collect()
         }
         (Route::Shard(name), JobRef::Chosen(_)) => {
             map.lane(name).map(|lane| (lane.clone(), job.clone())).into_iter().collect()

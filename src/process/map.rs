@@ -11,10 +11,11 @@ use super::Process;
 use crate::command::MapOrder;
 use crate::dispatch::lane::{CLAIM_LASTS, Lane};
 use crate::dispatch::layout::{Layout, Standing};
+use crate::dispatch::limits;
 use crate::error::{Error, Result};
 use crate::job::JobState;
 use crate::resp::reply::Reply;
-use crate::shard::{Action, Deed, Op, Outcome};
+use crate::shard::{Action, Deed, LimitDeed, Op, Outcome};
 
 /// From the order that a shard leaves to the count of what it holds: what was under way to it has arrived.
 const LEAVE_PAUSE: Duration = Duration::from_millis(3 * CLAIM_LASTS.as_millis() as u64);
@@ -62,7 +63,13 @@ impl Process {
             self.keeper.change(|layout| layout.set_standing(shard, Standing::Leaving)).await?;
             return Err(error);
         }
-        self.keeper.change(|layout| layout.remove(shard)).await.map(drop)
+        let remove = |layout: &Layout| match layout.member(shard) {
+            Some(member) if member.standing != Standing::Closing => {
+                Err(Error::bad(format!("shard {shard} was told to stay meanwhile; nothing was removed")))
+            }
+            _ => layout.remove(shard),
+        };
+        self.keeper.change(remove).await.map(drop)
     }
 
     /// How many locks and slots of semaphores are held on a shard.
@@ -87,14 +94,15 @@ impl Process {
 
     /// An error says how many jobs of the shard are not over, those on their way from it included.
     async fn must_be_empty(&self, shard: &str) -> Result<()> {
-        let mut jobs = 0;
+        let (mut jobs, mut limited) = (0, 0);
         for name in self.keeper.shards_of(shard)? {
             let lane = self.dispatcher.lane(&name)?;
             for group in lane.shard().queues().await?.chunks(GROUP) {
                 lane.room().await?;
                 let looks = group.iter().flat_map(|queue| {
                     let look = Action::Depart { state: JobState::Ready, count: 0, route: Bytes::new() };
-                    [Action::Stats, look].map(|action| lane.submit(Op { queue: queue.clone(), action }, 0))
+                    let limits = Action::Limit(LimitDeed::Look);
+                    [Action::Stats, look, limits].map(|action| lane.submit(Op { queue: queue.clone(), action }, 0))
                 });
                 for outcome in looks.collect::<Vec<_>>() {
                     match outcome.await {
@@ -102,6 +110,7 @@ impl Process {
                             jobs += stats.ready + stats.scheduled + stats.leased + stats.dead;
                         }
                         Ok(Ok(Outcome::Departing(departure))) => jobs += departure.jobs.len() as u64,
+                        Ok(Ok(Outcome::Limits(view))) => limited += usize::from(limits::keeps_limits(&view)),
                         Ok(Err(error)) => return Err(error),
                         _ => return Err(Error::bad(format!("shard {name} did not say what it holds"))),
                     }
@@ -116,6 +125,10 @@ impl Process {
             0 if held > 0 => {
                 Err(Error::bad(format!("shard {shard} has {held} locks or slots that are held; nothing was removed")))
             }
+            0 if limited > 0 => Err(Error::bad(format!(
+                "shard {shard} keeps the limits of {limited} queues: lift them with 0 and set them again when it is gone; \
+                 nothing was removed"
+            ))),
             0 => Ok(()),
             jobs => Err(Error::bad(format!(
                 "shard {shard} holds {jobs} jobs that are not over: MOVE them first; nothing was removed"
