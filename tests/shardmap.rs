@@ -518,10 +518,14 @@ fn the_configuration_is_reread_by_order_and_by_signal() {
     let names =
         |reply: &Value, field: &str| reply.field(field).items().iter().map(Value::text).collect::<Vec<_>>().join(" ");
     // What can change at once does, for connections that stand, too; what waits for a restart is named.
-    write(1, "strategy = \"round-robin\"\nthreads = 3\n[limits]\npayload_bytes_max = 4", &[0]);
+    write(
+        1,
+        "strategy = \"round-robin\"\nthreads = 3\n[limits]\npayload_bytes_max = 4\n[worker]\nkeep_ms = 9000",
+        &[0],
+    );
     let reply = wire.say("GOFLOW.RELOAD");
-    assert_eq!(names(&reply, "changed"), "limits.payload_bytes_max strategy threads");
-    assert_eq!(names(&reply, "restart"), "threads");
+    assert_eq!(names(&reply, "changed"), "limits.payload_bytes_max strategy threads worker.keep_ms");
+    assert_eq!(names(&reply, "restart"), "threads worker.keep_ms");
     assert!(wire.say("GOFLOW.ENQUEUE main hello").text().starts_with("TOOBIG"));
     assert!(wire.say("INFO goflow").text().contains("strategy:round-robin"));
     // A bad file changes nothing.

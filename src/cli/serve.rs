@@ -198,7 +198,20 @@ fn settings(config: &Config) -> Settings {
 }
 
 /// Settings, or the sections before a dot, that only a start takes.
-const AT_START: [&str; 7] = ["listen", "http", "threads", "deployment", "log.format", "timeouts.", "forward."];
+const AT_START: [&str; 12] = [
+    "listen",
+    "http",
+    "threads",
+    "deployment",
+    "log.format",
+    "timeouts.",
+    "forward.",
+    "worker.",
+    "limits.output_bytes_max",
+    "webhook",
+    "sink",
+    "alert",
+];
 
 /// The names of the settings that differ, and of those among them that only a start takes.
 fn differences(known: &Config, fresh: &Config) -> (Vec<String>, Vec<String>) {
@@ -208,6 +221,9 @@ fn differences(known: &Config, fresh: &Config) -> (Vec<String>, Vec<String>) {
     let lists = [
         ("auth.user", known.users() != fresh.users()),
         ("list", known.list != fresh.list),
+        ("webhook", known.webhook != fresh.webhook),
+        ("sink", known.sink != fresh.sink),
+        ("alert", known.alert != fresh.alert),
         ("shard", layout(known) != layout(fresh)),
     ];
     changed.extend(lists.iter().filter(|(_, differs)| *differs).map(|(name, _)| (*name).to_owned()));
