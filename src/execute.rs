@@ -371,7 +371,7 @@ fn start_enqueue(enqueue: Enqueue, dispatcher: &Arc<Dispatcher>, asker: Asker) -
         }
         (Some(name), None, None) => {
             let (lane, map) = (dispatcher.lane(name)?, dispatcher.map());
-            if map.lanes.iter().position(|known| known.name() == lane.name()).is_some_and(|at| map.is_draining(at)) {
+            if map.place_of(&lane).is_some_and(|at| map.is_draining(at)) {
                 return Err(Error::bad(format!("shard '{name}' takes no new jobs: it is draining or leaving")));
             }
             lane

@@ -171,11 +171,6 @@ async fn look(map: &ShardMap, queue: &Name) -> Vec<Result<LimitView>> {
     join_all(map.lanes.iter().map(|lane| ask(lane, queue, LimitDeed::Look))).await
 }
 
-/// Where a lane stands in the map; its number says nothing of that.
-fn place_of(map: &ShardMap, lane: &Lane) -> Option<usize> {
-    map.lanes.iter().position(|known| known.name() == lane.name())
-}
-
 /// Whether the shard keeps the ledger of limits that hold.
 pub fn keeps_limits(view: &LimitView) -> bool {
     Ledger::decode(&view.ledger).is_some_and(|ledger| ledger.limits != QueueLimits::default())
@@ -231,7 +226,7 @@ async fn settle(
 ) -> Result<Option<Settled>> {
     let home = map.lane_of_lock(queue.as_str());
     let views = look(map, queue).await;
-    let was = match place_of(map, home).and_then(|at| views.get(at)) {
+    let was = match map.place_of(home).and_then(|at| views.get(at)) {
         Some(Ok(view)) => view.ledger_version,
         Some(Err(error)) => return Err(error.clone()),
         None => return Err(super::no_shard(home.name())),
@@ -454,7 +449,7 @@ async fn make_room(map: &ShardMap, lane: &Arc<Lane>, full: &mut HashMap<Name, In
 
 /// Whether the shard got a larger share for so many new jobs.
 async fn find_room(map: &ShardMap, queue: &Name, lane: &Lane, jobs: u64) -> bool {
-    let Some(place) = place_of(map, lane) else { return false };
+    let Some(place) = map.place_of(lane) else { return false };
     for _ in 0..TRIES {
         match settle(map, queue, None, Some((place, jobs)), Duration::ZERO).await {
             Ok(Some(settled)) => return settled.has_raised,

@@ -105,6 +105,11 @@ impl ShardMap {
         self.homes.of(key).unwrap_or(0)
     }
 
+    /// The place of a lane in the map; its number says nothing of that.
+    pub fn place_of(&self, lane: &Lane) -> Option<usize> {
+        self.lanes.iter().position(|known| known.name() == lane.name())
+    }
+
     /// The home of a group of jobs: like that of a lock it stays where it is when shards are added.
     pub fn home_of_group(&self, queue: &Name, group: &[u8]) -> &Arc<Lane> {
         &self.lanes[self.groups.of(&group_home(queue, group)).unwrap_or(0)]

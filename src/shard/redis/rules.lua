@@ -326,6 +326,18 @@ function make_rules()
     return false
   end
 
+  -- Ready as its enqueue left it: it needs no state record.
+  local function enter_line(it)
+    M.ready = M.ready + 1
+    if it.priority == 0 then
+      call('RPUSH', READY, it.job)
+    else
+      M.ranked = M.ranked + 1
+      call('ZADD', RANKED, text(it.place - it.priority * PLACE_MAX), it.job)
+    end
+    expire_later(it)
+  end
+
   -- Ready at the end of the line, or `again` at the place that it had.
   local function make_ready(it, again)
     if not again then
@@ -1108,14 +1120,7 @@ function make_rules()
         elseif has(it, 8) then
           make_ready(it, true)
         else
-          M.ready = M.ready + 1
-          if it.priority == 0 then
-            call('RPUSH', READY, job)
-          else
-            M.ranked = M.ranked + 1
-            call('ZADD', RANKED, text(it.place - it.priority * PLACE_MAX), job)
-          end
-          expire_later(it)
+          enter_line(it)
         end
         placed[i] = M.seq
       end
@@ -1643,14 +1648,7 @@ function make_rules()
       end
     end
     if char_is == 'F' then
-      M.ready = M.ready + 1
-      if it.priority == 0 then
-        call('RPUSH', READY, job)
-      else
-        M.ranked = M.ranked + 1
-        call('ZADD', RANKED, text(it.place - it.priority * PLACE_MAX), job)
-      end
-      expire_later(it)
+      enter_line(it)
     elseif char_is == 'S' then
       it.place = 0
       make_scheduled(it, time)
