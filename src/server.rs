@@ -27,7 +27,7 @@ use crate::dispatch::keeper::{Beginning, Keeper, Open};
 use crate::dispatch::lane::Lane;
 use crate::dispatch::layout::Layout;
 use crate::dispatch::router::Strategy;
-use crate::dispatch::{Dispatcher, limits, mover, sampler};
+use crate::dispatch::{Dispatcher, limits, mover, post, sampler};
 use crate::error::{Code, Error};
 use crate::forward::Forwarding;
 use crate::http;
@@ -143,6 +143,7 @@ pub fn serve(setup: Setup) -> io::Result<()> {
             let _ = runtimes.send((number, runtime.handle().clone()));
             drop(runtimes);
             runtime.block_on(async {
+                tokio::spawn(post::open());
                 let map = process.dispatcher.map();
                 let own_lanes = || map.lanes.iter().filter(|lane| lane.index() % count == number);
                 // All at once, so that the start waits for the slowest and not for all that are down in turn.

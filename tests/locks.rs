@@ -250,9 +250,9 @@ fn a_lock_and_its_fences_go_over_to_a_replica_that_has_them() {
     }
     let (token, fence) = grant(&wire.say("GOFLOW.LOCK ACQUIRE ha 600000"));
     assert_eq!(fence, 6);
-    let copied =
-        |trio: &Sentinels| trio.replicas[0].wire().say("HGET goflow:{ha}:lock fence") == Value::Bulk("6".into());
-    eventually!("the replica has the grant", copied(&trio).then_some(()));
+    let stored = |server: &Server| server.wire().say("GET goflow:{!lock}:ha");
+    let granted = stored(&trio.master);
+    eventually!("the replica has the grant", (stored(&trio.replicas[0]) == granted).then_some(()));
     trio.master.kill();
     let renewed = eventually!("the replica took over", {
         let answer = wire.call(&["GOFLOW.LOCK", "RENEW", "ha", &token, "600000"]);

@@ -13,7 +13,7 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::mem::discriminant;
 use std::ops::Bound;
 use std::panic::AssertUnwindSafe;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,11 +24,13 @@ use foldhash::fast::RandomState;
 use futures_util::FutureExt;
 use rand::Rng;
 use tokio::sync::{Notify, oneshot};
+use tokio::time::Sleep;
 
 use super::bound::Book;
 use super::feed::Feed;
 use super::meter::Meter;
 use super::outboxes::Outboxes;
+use super::post::{self, Reply};
 use super::turnstile::Lines;
 use super::waiting::Ticket;
 use crate::error::{Code, Error, Happened, Result};
@@ -126,10 +128,10 @@ impl Drop for Hold {
 
 /// Who hears the outcome of an operation.
 enum Answer {
-    Session(oneshot::Sender<Result<Outcome>>),
+    Session(Reply<Result<Outcome>>),
     /// A session, whose jobs were refused before: what is said now is the last word.
-    Again(oneshot::Sender<Result<Outcome>>),
-    Leasing(oneshot::Sender<Result<Leased>>),
+    Again(Reply<Result<Outcome>>),
+    Leasing(Reply<Result<Leased>>),
     Ticket(Arc<Ticket>),
     /// Nobody, but it must be done: a shard that is out of reach is told again when it is back.
     Owed(Name, Lease),
@@ -139,7 +141,7 @@ enum Answer {
 /// New jobs that the shard had no room for, and who hears of it.
 pub struct Refused {
     pub op: Op,
-    answer: oneshot::Sender<Result<Outcome>>,
+    answer: Reply<Result<Outcome>>,
 }
 
 impl Refused {
@@ -149,8 +151,7 @@ impl Refused {
 
     /// There is no room anywhere.
     pub fn refuse(self) {
-        // The client may be gone.
-        let _ = self.answer.send(Ok(Outcome::Full(Box::new(self.op))));
+        self.answer.send(Ok(Outcome::Full(Box::new(self.op))));
     }
 
     /// Lets the shard decide once more.
@@ -409,21 +410,21 @@ impl Lane {
 
     /// Puts an operation in line; the receiver gets its outcome. The operations of one session keep their order.
     pub fn submit(&self, op: Op, session: u64) -> oneshot::Receiver<Result<Outcome>> {
-        let (sender, receiver) = oneshot::channel();
+        let (reply, receiver) = post::reply();
         if let Action::Enqueue { payloads, .. } = &op.action
             && let Some(mut load) = self.loads.get_mut(&op.queue)
         {
             *load += payloads.len() as u64;
         }
-        self.mail().push(op, session, Answer::Session(sender));
+        self.mail().push(op, session, Answer::Session(reply));
         self.bell.notify_one();
         receiver
     }
 
     /// Puts a lease in line for a client that does not wait.
     pub fn submit_lease(&self, op: Op, session: u64) -> oneshot::Receiver<Result<Leased>> {
-        let (sender, receiver) = oneshot::channel();
-        self.mail().push(op, session, Answer::Leasing(sender));
+        let (reply, receiver) = post::reply();
+        self.mail().push(op, session, Answer::Leasing(reply));
         self.bell.notify_one();
         receiver
     }
@@ -437,7 +438,7 @@ impl Lane {
         std::mem::take(&mut *self.refused.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn note_refused(&self, op: Op, answer: oneshot::Sender<Result<Outcome>>) {
+    fn note_refused(&self, op: Op, answer: Reply<Result<Outcome>>) {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner).push(Refused { op, answer });
         self.refused_bell.notify_one();
     }
@@ -626,6 +627,9 @@ struct Line {
     /// After a failure: when the shard is asked whether it is back, and the next rest's length.
     resting_until: Option<Instant>,
     rest: Duration,
+    /// Timers that last: to set up one for each batch costs a system call, to move one does not.
+    lent_until: Pin<Box<Sleep>>,
+    alarm: Pin<Box<Sleep>>,
 }
 
 impl Line {
@@ -643,6 +647,8 @@ impl Line {
             owed: VecDeque::new(),
             resting_until: None,
             rest: REST_MIN,
+            lent_until: Box::pin(tokio::time::sleep(Duration::ZERO)),
+            alarm: Box::pin(tokio::time::sleep(Duration::ZERO)),
         }
     }
 
@@ -846,11 +852,19 @@ impl Line {
                 Err(error) => Applied::failed(count, &lane.as_down(error)),
             }
         });
-        let in_time = tokio::time::timeout(TICKETS_LENT_MAX, &mut applied).await;
-        let is_late = in_time.is_err();
+        let has_tickets = answers.iter().any(|(answer, _)| matches!(answer, Answer::Ticket(_)));
+        if has_tickets {
+            self.lent_until.as_mut().reset((asked_at + TICKETS_LENT_MAX).into());
+        }
+        let in_time = tokio::select! {
+            biased;
+            applied = &mut applied => Some(applied),
+            () = &mut self.lent_until, if has_tickets => None,
+        };
+        let is_late = in_time.is_none();
         let Applied { outcomes, effects } = match in_time {
-            Ok(applied) => applied,
-            Err(_) => {
+            Some(applied) => applied,
+            None => {
                 // Who waits on a slow shard may have a job of another one meanwhile.
                 for (answer, _) in &answers {
                     if let Answer::Ticket(ticket) = answer {
@@ -875,14 +889,14 @@ impl Line {
         let mut returned = Vec::new();
         for ((answer, queue), outcome) in answers.into_iter().zip(outcomes) {
             match answer {
-                Answer::Session(sender) => match outcome {
-                    Ok(Outcome::Full(op)) => self.lane.note_refused(*op, sender),
-                    outcome => drop(sender.send(outcome)),
+                Answer::Session(reply) => match outcome {
+                    Ok(Outcome::Full(op)) => self.lane.note_refused(*op, reply),
+                    outcome => reply.send(outcome),
                 },
-                Answer::Again(sender) => drop(sender.send(outcome)),
-                Answer::Leasing(sender) => {
+                Answer::Again(reply) => reply.send(outcome),
+                Answer::Leasing(reply) => {
                     if let Some(queue) = queue {
-                        drop(sender.send(outcome.and_then(|outcome| self.leased(queue, outcome))));
+                        reply.send(outcome.and_then(|outcome| self.leased(queue, outcome)));
                     }
                 }
                 Answer::Ticket(ticket) => {
@@ -1027,8 +1041,8 @@ impl Line {
         let error = why.unwrap_or_else(|| Error::shard_down(&self.lane.name, "is not reachable", Happened::No));
         for parcel in parcels {
             match parcel.answer {
-                Answer::Session(sender) | Answer::Again(sender) => drop(sender.send(Err(error.clone()))),
-                Answer::Leasing(sender) => drop(sender.send(Err(error.clone()))),
+                Answer::Session(reply) | Answer::Again(reply) => reply.send(Err(error.clone())),
+                Answer::Leasing(reply) => reply.send(Err(error.clone())),
                 Answer::Owed(queue, lease) => self.owe(queue, lease),
                 Answer::Ticket(_) | Answer::Nobody => {}
             }
@@ -1042,10 +1056,13 @@ impl Line {
             Some(until) => until,
             None => timer.map_or(self.sweep_at, |due_at| due_at.min(self.sweep_at)),
         };
+        if self.alarm.deadline() != wake_at.into() {
+            self.alarm.as_mut().reset(wake_at.into());
+        }
         tokio::select! {
             // The sessions that became readable together with the one that rang belong to the same batch.
             () = self.lane.bell.notified() => tokio::task::yield_now().await,
-            () = tokio::time::sleep_until(wake_at.into()) => {
+            () = &mut self.alarm => {
                 if self.is_resting() {
                     self.knock().await;
                 }

@@ -12,6 +12,7 @@ pub mod limits;
 pub mod meter;
 pub mod mover;
 pub mod outboxes;
+pub mod post;
 pub mod router;
 pub mod sampler;
 pub mod turnstile;

@@ -23,6 +23,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::lane::{Lane, Leased};
+use super::post::{self, Reply};
 use crate::clock::Millis;
 use crate::job::Name;
 
@@ -33,7 +34,7 @@ const OVER: u8 = 2;
 /// What a waiting client asked for, and how to answer it.
 pub struct Ticket {
     state: AtomicU8,
-    answer: Mutex<Option<oneshot::Sender<Leased>>>,
+    answer: Mutex<Option<Reply<Leased>>>,
     pub count: usize,
     pub lease_ms: Millis,
     pub worker: Bytes,
@@ -51,10 +52,10 @@ pub struct Waiter {
 impl Ticket {
     /// Parks a new ticket for `queues` in `lanes`; each lane then serves it as soon as it can.
     pub fn park(queues: Vec<Name>, lanes: Vec<Arc<Lane>>, count: usize, lease_ms: Millis, worker: Bytes) -> Waiter {
-        let (sender, answer) = oneshot::channel();
+        let (reply, answer) = post::reply();
         let ticket = Arc::new(Ticket {
             state: AtomicU8::new(WAITING),
-            answer: Mutex::new(Some(sender)),
+            answer: Mutex::new(Some(reply)),
             count,
             lease_ms,
             worker,
@@ -81,10 +82,10 @@ impl Ticket {
     /// Ends a claim that found jobs. Jobs for a client that is gone go back by their hold.
     pub fn deliver(&self, leased: Leased) {
         self.state.store(OVER, Ordering::Release);
-        let sender = self.answer.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(sender) = sender {
-            // A client that is gone: the value comes back and its hold releases the jobs.
-            drop(sender.send(leased));
+        let reply = self.answer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(reply) = reply {
+            // Where the client is gone it is dropped, and its hold releases the jobs.
+            reply.send(leased);
         }
     }
 

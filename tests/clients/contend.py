@@ -33,10 +33,8 @@ def link(address):
 
 
 def let_go_of_whoever_holds(what):
-    server, key = link(shard), "goflow:{%s}:%s" % (what, kind.lower())
-    for field in server.hkeys(key):
-        if field.startswith(b"t"):
-            server.hdel(key, field)
+    server, key = link(shard), "goflow:{!%s}:%s" % (kind.lower(), what)
+    server.set(key, server.getrange(key, 0, 8))  # the fence, and whether somebody waits
     server.publish("goflow:wake", ("!" if kind == "LOCK" else "?") + what)
 
 

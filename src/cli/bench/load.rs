@@ -175,8 +175,9 @@ pub fn run(options: &Options, phase: Phase, tally: &Arc<Tally>, thread: u32, thr
     let measured = Arc::new(Mutex::new(Measured::default()));
     runtime.block_on(async {
         let mut tasks = JoinSet::new();
-        for _ in mine(phase.producers) {
-            tasks.spawn(produce(options.clone(), tally.clone(), phase.producers, measured.clone()));
+        for number in mine(phase.producers) {
+            let share = (number, phase.producers);
+            tasks.spawn(produce(options.clone(), tally.clone(), share, measured.clone()));
         }
         for _ in mine(phase.workers) {
             tasks.spawn(work(options.clone(), tally.clone(), phase.producers > 0, measured.clone()));
@@ -194,8 +195,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-async fn produce(options: Options, tally: Arc<Tally>, producers: u32, measured: SharedMeasured) {
-    until_stopped(&tally, &measured, Producer::run(&options, &tally, producers, &measured)).await;
+async fn produce(options: Options, tally: Arc<Tally>, share: (u32, u32), measured: SharedMeasured) {
+    until_stopped(&tally, &measured, Producer::run(&options, &tally, share, &measured)).await;
     tally.leave();
 }
 
@@ -310,10 +311,11 @@ impl Round {
 struct Producer;
 
 impl Producer {
-    async fn run(options: &Options, tally: &Tally, producers: u32, measured: &Mutex<Measured>) -> io::Result<()> {
+    /// `share`: which of how many producers it is.
+    async fn run(options: &Options, tally: &Tally, share: (u32, u32), measured: &Mutex<Measured>) -> io::Result<()> {
         let mut connection = tally.connect(&options.addr).await?;
         let round_max = u64::from(options.pipeline) * u64::from(options.batch);
-        let mut pace = Pace::new(options.rate, producers);
+        let mut pace = Pace::new(options.rate, share);
         let mut round = Round::new(options, round_max);
         let mut sent = 0;
         loop {
@@ -359,9 +361,11 @@ struct Pace {
 }
 
 impl Pace {
-    fn new(rate: u64, producers: u32) -> Pace {
+    /// Of all producers together an even flow, and not a burst at a time.
+    fn new(rate: u64, (number, producers): (u32, u32)) -> Pace {
         let gap = (rate > 0).then(|| Duration::from_secs_f64(f64::from(producers) / rate as f64));
-        Pace { begin: Instant::now(), gap }
+        let offset = gap.unwrap_or_default().mul_f64(f64::from(number) / f64::from(producers));
+        Pace { begin: Instant::now() + offset, gap }
     }
 
     /// How many jobs are due, 1 to `most`, and how late the first of them is because the server kept us waiting. What the

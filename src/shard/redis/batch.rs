@@ -32,16 +32,20 @@ const _: () = assert!(TICK_JOBS_MAX == BULK_JOBS_MAX);
 // And this one is written in `rules.lua` again.
 const _: () = assert!(RATE_STEPS == 512);
 
-/// The ops of one queue, lock or semaphore: one call.
+/// The ops of one queue, or those on all locks, or on all semaphores: one call.
 #[derive(Clone)]
 pub struct Part {
-    pub queue: Name,
-    /// Which keyed object has the name; `None`: it is a queue's.
-    object: Option<Keyed>,
+    target: Target,
     /// Whether the call may make a queue that was not there.
-    pub creates: bool,
+    creates: bool,
     places: Vec<usize>,
     runs: Vec<Run>,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+enum Target {
+    Queue(Name),
+    Objects(Keyed),
 }
 
 /// Ops that the script does in one go; numbers are places in `Part::places`.
@@ -56,17 +60,17 @@ enum Run {
     One(usize),
 }
 
-/// Sorts the chosen ops by queue or object, in the order in which these appear.
+/// Sorts the chosen ops by queue or kind of object, in the order in which these appear.
 pub fn split(ops: &[Op], is_chosen: impl Fn(usize) -> bool) -> Vec<Part> {
     let mut parts: Vec<Part> = Vec::new();
-    let mut known: HashMap<(&Name, Option<Keyed>), usize, RandomState> = HashMap::default();
+    let mut known: HashMap<Target, usize, RandomState> = HashMap::default();
     for (place, op) in ops.iter().enumerate().filter(|(place, _)| is_chosen(*place)) {
-        let object = match &op.action {
-            Action::Keyed { kind, .. } => Some(*kind),
-            _ => None,
+        let target = match &op.action {
+            Action::Keyed { kind, .. } => Target::Objects(*kind),
+            _ => Target::Queue(op.queue.clone()),
         };
-        let at = *known.entry((&op.queue, object)).or_insert_with(|| {
-            parts.push(Part { queue: op.queue.clone(), object, creates: false, places: Vec::new(), runs: Vec::new() });
+        let at = *known.entry(target).or_insert_with_key(|target| {
+            parts.push(Part { target: target.clone(), creates: false, places: Vec::new(), runs: Vec::new() });
             parts.len() - 1
         });
         parts[at].push(place, &op.action);
@@ -129,6 +133,14 @@ fn is_plain(action: &Action) -> bool {
 }
 
 impl Part {
+    /// The queue that the call may make, where it was not there.
+    pub fn new_queue(&self) -> Option<&Name> {
+        match &self.target {
+            Target::Queue(queue) if self.creates => Some(queue),
+            _ => None,
+        }
+    }
+
     fn push(&mut self, place: usize, action: &Action) {
         let own = self.places.len();
         self.places.push(place);
@@ -182,12 +194,13 @@ impl Part {
     }
 
     pub fn command(&self, digest: &str, keys: &Keys, rules: &Rules, ops: &[Op], at: Option<UnixMs>) -> Cmd {
-        if let Some(kind) = self.object {
-            return keyed::command(keys, kind, &self.queue, self.deeds(ops), at);
-        }
+        let queue = match &self.target {
+            Target::Queue(queue) => queue,
+            Target::Objects(kind) => return keyed::command(keys, *kind, self.deeds(ops), at),
+        };
         let mut command = redis::cmd("EVALSHA");
         command.arg(digest).arg(QUEUE_KEYS.len());
-        let mut key = keys.of_queue(&self.queue);
+        let mut key = keys.of_queue(queue);
         let prefix = key.len();
         for kind in QUEUE_KEYS {
             key.truncate(prefix);
@@ -195,7 +208,7 @@ impl Part {
             command.arg(key.as_bytes());
         }
         let mut scratch = BytesMut::with_capacity(1024);
-        put_header(&mut scratch, keys, rules, &self.queue, at);
+        put_header(&mut scratch, keys, rules, queue, at);
         command.arg(&scratch[..]);
         for run in &self.runs {
             self.put_run(&mut command, &mut scratch, run, ops);
@@ -203,10 +216,10 @@ impl Part {
         command
     }
 
-    /// What is done to the part's object.
-    fn deeds<'a>(&'a self, ops: &'a [Op]) -> impl Iterator<Item = &'a Deed> {
-        self.places.iter().filter_map(|place| match &ops[*place].action {
-            Action::Keyed { deed, .. } => Some(deed),
+    /// What is done to which object.
+    fn deeds<'a>(&'a self, ops: &'a [Op]) -> impl Iterator<Item = (&'a Name, &'a Deed)> {
+        self.places.iter().map(|place| &ops[*place]).filter_map(|op| match &op.action {
+            Action::Keyed { deed, .. } => Some((&op.queue, deed)),
             _ => None,
         })
     }
@@ -274,11 +287,11 @@ impl Part {
 
     /// An outcome for each op of the part in order, and a queue's effect; `None` when this is no answer of the script.
     pub fn decode(&self, answer: Value, ops: &[Op]) -> Option<(Vec<Outcome>, Option<Effect>)> {
-        if self.object.is_some() {
-            let read = self.deeds(ops).zip(list(answer)?).map(|(deed, value)| keyed::read_outcome(deed, value));
+        let Target::Queue(queue) = &self.target else {
+            let read = self.deeds(ops).zip(list(answer)?).map(|((_, deed), value)| keyed::read_outcome(deed, value));
             let outcomes: Option<Vec<Outcome>> = read.collect();
             return Some((outcomes.filter(|outcomes| outcomes.len() == self.places.len())?, None));
-        }
+        };
         let mut answer = list(answer)?.into_iter();
         let mut runs = list(answer.next()?)?.into_iter();
         let (ready, load, due, now) =
@@ -326,7 +339,7 @@ impl Part {
             }
         }
         let effect = Effect {
-            queue: self.queue.clone(),
+            queue: queue.clone(),
             ready: ready as u64,
             load: load as u64,
             due_in: u64::try_from(due).ok(),

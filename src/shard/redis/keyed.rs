@@ -1,10 +1,12 @@
-//! What one batch says to `keyed.lua` about one lock or semaphore, and what the script answers.
+//! What one batch says to `keyed.lua` about locks or about semaphores, and what the script answers.
 //!
 //! Also the words of its wake-ups, which share the channel of the queues': a mark that no name holds, then the name.
 
+use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use bytes::{BufMut, BytesMut};
+use foldhash::fast::RandomState;
 use redis::{Cmd, Value};
 
 use super::Keys;
@@ -45,51 +47,70 @@ pub fn read_wake(message: &[u8]) -> Wake {
     }
 }
 
-/// One call for some deeds on one object.
+/// One call for deeds on some objects of one kind.
 pub fn command<'a>(
     keys: &Keys,
     kind: Keyed,
-    name: &Name,
-    deeds: impl Iterator<Item = &'a Deed>,
+    deeds: impl Iterator<Item = (&'a Name, &'a Deed)>,
     at: Option<UnixMs>,
 ) -> Cmd {
+    let mut places: HashMap<&Name, u16, RandomState> = HashMap::default();
+    let mut names = Vec::new();
+    let mut scratch = BytesMut::with_capacity(1024);
+    let mut ends = Vec::new();
+    for (name, deed) in deeds {
+        let place = *places.entry(name).or_insert_with(|| {
+            names.push(name);
+            names.len() as u16
+        });
+        put_deed(&mut scratch, place, deed);
+        ends.push(scratch.len());
+    }
     let mut command = redis::cmd("EVALSHA");
-    command.arg(&*DIGEST).arg(1).arg(keys.of_object(kind, name));
-    let mut scratch = BytesMut::new();
-    put_short(&mut scratch, at.unwrap_or(0));
-    scratch.put_u8(u8::from(kind == Keyed::Lock));
-    put_bytes(&mut scratch, keys.wake().as_bytes());
-    put_bytes(&mut scratch, format!("{}{name}", mark(kind)).as_bytes());
-    command.arg(&scratch[..]);
-    for deed in deeds {
-        scratch.clear();
-        let letter = put_deed(&mut scratch, deed);
-        command.arg(letter).arg(&scratch[..]);
+    command.arg(&*DIGEST).arg(names.len());
+    let mut key = keys.of_objects(kind);
+    let prefix = key.len();
+    for name in names {
+        key.truncate(prefix);
+        key.push_str(name.as_str());
+        command.arg(key.as_bytes());
+    }
+    let mut header = BytesMut::new();
+    put_short(&mut header, at.unwrap_or(0));
+    header.put_u8(mark(kind) as u8);
+    header.put_u8(prefix as u8);
+    put_bytes(&mut header, keys.wake().as_bytes());
+    command.arg(&header[..]);
+    let mut start = 0;
+    for end in ends {
+        command.arg(&scratch[start..end]);
+        start = end;
     }
     command
 }
 
-fn put_deed(out: &mut BytesMut, deed: &Deed) -> &'static str {
+fn put_deed(out: &mut BytesMut, place: u16, deed: &Deed) {
+    let mut begin = |letter: u8, token: u64| {
+        out.put_u8(letter);
+        out.put_u16(place);
+        put_short(out, token);
+    };
     match deed {
         Deed::Acquire { token, limit, ttl_ms, owner, waits, moved_in } => {
-            put_short(out, *token);
+            begin(b'a', *token);
             out.put_u32(*limit);
             put_short(out, *ttl_ms);
             out.put_u8(u8::from(*waits));
             out.put_u32((fence_floor(*moved_in) >> 32) as u32);
+            out.put_u32(owner.len() as u32);
             out.put_slice(owner);
-            "a"
         }
-        Deed::Release { token } => {
-            put_short(out, *token);
-            "r"
-        }
+        Deed::Release { token } => begin(b'r', *token),
         Deed::Renew { token, ttl_ms } => {
-            put_short(out, *token);
+            begin(b'x', *token);
             put_short(out, *ttl_ms);
-            "x"
         }
-        Deed::Show => "s",
+        Deed::Show => begin(b's', 0),
     }
 }
 

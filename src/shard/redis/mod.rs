@@ -3,7 +3,8 @@
 //! The rules are in Lua (`begin.lua`, `flow.lua`, `rules.lua`, `sessions.lua`, `finish.lua`, one script together). The ops of one queue in a
 //! batch are one `EVALSHA`, all queues of a batch one write, so that a batch costs one round trip and each queue's part is
 //! one commit. [`batch`] encodes ops and decodes answers, [`connect`] opens connections and says what their errors mean,
-//! [`server`] asks the server about itself. [`keyed`] and `keyed.lua` are the same for locks and semaphores, one call each. [`dial`] and [`link`] carry ordinary commands and are apart from all that.
+//! [`server`] asks the server about itself. [`keyed`] and `keyed.lua` are the same for locks and semaphores, one call for
+//! all locks of a batch and one for all semaphores. [`dial`] and [`link`] carry ordinary commands and are apart from all that.
 //!
 //! Promises: no await without an end; a failure of one queue's call leaves the others' outcomes alone; after an unknown
 //! outcome only what is safe to repeat is sent again, once. A change of the records' layout also needs `src/job.rs` and
@@ -102,12 +103,13 @@ impl Keys {
         }
     }
 
-    fn of_object(&self, kind: Keyed, name: &Name) -> String {
+    /// What stands before the name of a lock or semaphore; each kind's are in one slot. No queue has a `!` in its name.
+    fn of_objects(&self, kind: Keyed) -> String {
         let what = match kind {
             Keyed::Lock => "lock",
             Keyed::Semaphore => "sem",
         };
-        self.of_queue(name) + what
+        format!("goflow:{{{}!{what}}}:", self.partition.as_deref().unwrap_or_default())
     }
 
     fn of_shard(&self, what: &str) -> String {
@@ -260,8 +262,7 @@ impl Redis {
         let mut commands = Vec::with_capacity(parts.len() + 1);
         let new_queues: Vec<Name> = {
             let registered = self.registered();
-            let is_new = |part: &&Part| part.creates && !registered.contains(&part.queue);
-            parts.iter().filter(is_new).map(|part| part.queue.clone()).collect()
+            parts.iter().filter_map(Part::new_queue).filter(|queue| !registered.contains(*queue)).cloned().collect()
         };
         if !new_queues.is_empty() {
             let mut registration = redis::cmd("SADD");

@@ -79,7 +79,7 @@ impl Redis {
         let mut cursor = b"0".to_vec();
         while self.keys.partition.is_none() {
             let mut scan = redis::cmd("SCAN");
-            scan.arg(&cursor[..]).arg("MATCH").arg("goflow:{*}:[ls]*").arg("COUNT").arg(1_000);
+            scan.arg(&cursor[..]).arg("MATCH").arg("goflow:{!*}:*").arg("COUNT").arg(1_000);
             let Value::Array(parts) = self.ask(scan).await? else { break };
             let mut parts = parts.into_iter();
             let (next, keys) = (parts.next().map(texts), parts.next().map(texts));
@@ -223,10 +223,10 @@ fn note_name(value: Value) -> Option<String> {
     String::from_utf8(text(value)?.to_vec()).ok()
 }
 
-/// The lock or semaphore of a key, as [`Keys::of_object`](super::Keys::of_object) makes it.
+/// The lock or semaphore of a key, which begins as [`Keys::of_objects`](super::Keys::of_objects) says.
 fn read_object(key: &[u8]) -> Option<(Keyed, Name)> {
-    let inner = key.strip_prefix(b"goflow:{")?;
-    let (kind, name) = match (inner.strip_suffix(b"}:lock"), inner.strip_suffix(b"}:sem")) {
+    let inner = key.strip_prefix(b"goflow:{!")?;
+    let (kind, name) = match (inner.strip_prefix(b"lock}:"), inner.strip_prefix(b"sem}:")) {
         (Some(name), _) => (Keyed::Lock, name),
         (_, Some(name)) => (Keyed::Semaphore, name),
         _ => return None,
