@@ -1,12 +1,14 @@
 //! Nothing that was acknowledged is lost, whoever is killed.
 //!
-//! Producers and workers in two languages, with stock clients, go through two proxies to four Redis shards (or to one
+//! Producers and workers in two languages, with stock clients, go through some proxies to four Redis shards (or to one
 //! process with the embedded shard) while proxies and shards are killed with SIGKILL at random and started again. Each
 //! client writes down what it was told; at the end the logs are held against each other:
 //! every acknowledged enqueue was completed, no job was delivered after its ack was confirmed, and no two workers were
-//! inside leases of one job at the same time. `GOFLOW_LOSS_JOBS` and `GOFLOW_LOSS_KILLS` set the size.
+//! inside leases of one job at the same time. `GOFLOW_LOSS_JOBS`, `GOFLOW_LOSS_KILLS` and `GOFLOW_LOSS_PROXIES` set the size.
 
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use rand::{Rng, SeedableRng};
@@ -41,6 +43,8 @@ struct Crowd {
     dir: TempDir,
     producers: Vec<Process>,
     workers: Vec<Process>,
+    /// Of each producer's log: how far it was read, and how many jobs were acknowledged up to there.
+    read: Vec<(u64, usize)>,
 }
 
 impl Crowd {
@@ -65,7 +69,26 @@ impl Crowd {
         };
         let workers = (0..each).map(|number| start("work", number, 0)).collect();
         let producers = (0..each).map(|number| start("produce", number, jobs / each)).collect();
-        Crowd { dir, producers, workers }
+        Crowd { dir, producers, workers, read: vec![(0, 0); each] }
+    }
+
+    /// How many jobs were acknowledged so far.
+    fn acknowledged(&mut self) -> usize {
+        for (number, (until, count)) in self.read.iter_mut().enumerate() {
+            let Ok(mut log) = File::open(self.dir.path().join(format!("produce{number}"))) else { continue };
+            let mut text = String::new();
+            log.seek(SeekFrom::Start(*until)).unwrap();
+            log.read_to_string(&mut text).unwrap();
+            let whole = text.rfind('\n').map_or(0, |end| end + 1);
+            *until += whole as u64;
+            *count += text[..whole].lines().filter(|line| line.starts_with("E ")).count();
+        }
+        self.read.iter().map(|(_, count)| count).sum()
+    }
+
+    /// Waits until so many were acknowledged, or there is nothing more to come.
+    fn reach(&mut self, target: usize) {
+        eventually!("the work goes on", (self.acknowledged() >= target || !self.producing()).then_some(()));
     }
 
     fn producing(&mut self) -> bool {
@@ -169,20 +192,17 @@ fn no_acknowledged_job_is_lost_when_proxies_and_redis_shards_are_killed() {
     let mut shards: Vec<Server> = (0..4).map(|_| Server::start(Flavour::Redis7, Server::DURABLE)).collect();
     let named: Vec<String> = shards.iter().enumerate().map(|(at, shard)| format!("s{at}={}", shard.url())).collect();
     let args: Vec<&str> = named.iter().flat_map(|shard| ["--shard", shard.as_str()]).collect();
-    let mut proxies: Vec<Goflow> = (0..2).map(|_| Goflow::start_with(&args, &KEEP_ALL)).collect();
+    let count = size("GOFLOW_LOSS_PROXIES", 2);
+    let mut proxies: Vec<Goflow> = (0..count).map(|_| Goflow::start_with(&args, &KEEP_ALL)).collect();
     proxies.iter_mut().for_each(|proxy| proxy.expect_log("shard"));
-    let addresses = format!("{},{}", proxies[0].address(), proxies[1].address());
-    let mut crowd = Crowd::start(&addresses, jobs, each);
+    let addresses: Vec<&str> = proxies.iter().map(Goflow::address).collect();
+    let mut crowd = Crowd::start(&addresses.join(","), jobs, each);
     let mut random = rand::rngs::SmallRng::seed_from_u64(7);
     for kill in 0..kills {
         // A kill falls after so many more jobs were acknowledged, so that all of them fall into the work.
-        let target = jobs * (kill + 1) / (kills + 2);
-        eventually!("the work goes on", {
-            let enqueued = crowd.histories().values().filter(|history| history.enqueued).count();
-            (enqueued >= target || !crowd.producing()).then_some(())
-        });
+        crowd.reach(jobs * (kill + 1) / (kills + 2));
         match random.random_bool(0.5) {
-            true => proxies[random.random_range(0..2)].restart(),
+            true => proxies[random.random_range(0..count)].restart(),
             false => shards[random.random_range(0..4)].restart(),
         }
     }
@@ -196,11 +216,7 @@ fn no_acknowledged_job_is_lost_when_the_process_with_the_embedded_shard_is_kille
     let mut process = Goflow::start_with(&[], &KEEP_ALL);
     let mut crowd = Crowd::start(process.address(), jobs, each);
     for kill in 0..kills {
-        let target = jobs * (kill + 1) / (kills + 2);
-        eventually!("the work goes on", {
-            let enqueued = crowd.histories().values().filter(|history| history.enqueued).count();
-            (enqueued >= target || !crowd.producing()).then_some(())
-        });
+        crowd.reach(jobs * (kill + 1) / (kills + 2));
         process.restart();
     }
     settle(crowd, &process, jobs);

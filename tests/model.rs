@@ -164,7 +164,8 @@ impl Author {
 
     /// A step of a journey, mostly the next one.
     fn travel(&mut self) -> Action {
-        let number = self.departure.number + self.rng.random_range(0..2);
+        let mut mark = self.departure.mark;
+        mark.number += self.rng.random_range(0..2);
         match self.rng.random_range(0..6) {
             0..2 => Action::Depart {
                 state: *[JobState::Ready, JobState::Scheduled, JobState::Dead].choose(&mut self.rng).unwrap(),
@@ -173,9 +174,9 @@ impl Author {
             },
             2..4 => {
                 let source = Bytes::from_static([b"s1", b"s2"][self.rng.random_range(0..2)]);
-                Action::Arrive { source, number, jobs: Arc::new(self.departure.jobs.clone()) }
+                Action::Arrive { source, mark, jobs: Arc::new(self.departure.jobs.clone()) }
             }
-            4 => Action::Departed { number },
+            4 => Action::Departed { mark },
             _ => Action::Seek {
                 id: self.rng.random_bool(0.7).then(|| self.key("id")),
                 unique: self.rng.random_bool(0.7).then(|| self.key("key")),
@@ -283,7 +284,7 @@ impl Author {
                 Placed::Added(seq) | Placed::Held { seq, .. } => Some(*seq),
                 Placed::Outdated => None,
             })),
-            Outcome::Departing(departure) if departure.number > 0 => self.departure = departure.clone(),
+            Outcome::Departing(departure) if !departure.jobs.is_empty() => self.departure = departure.clone(),
             Outcome::Leased(deliveries) => self.leases.extend(deliveries.iter().map(|delivery| delivery.lease)),
             Outcome::Moved { next, .. } => self.retry_until = *next,
             Outcome::Outbox { groups, .. } => self.deaths = groups.iter().map(DeathGroup::mark).collect(),

@@ -25,6 +25,8 @@ use crate::shard::feed::{Ear, Heard, Topic, Wish, Wishes};
 
 /// Calls whose events wait to be published; what comes on top is missed.
 const HEARD_MAX: usize = 8_192;
+/// Queues of shards whose marks are kept. Beyond it all are forgotten: a gap at just that time is not told.
+const MARKS_MAX: usize = 100_000;
 
 pub const EVENTS_CHANNEL: &str = "goflow:events:";
 pub const DEATHS_CHANNEL: &str = "goflow:dlq:";
@@ -136,6 +138,9 @@ impl Feed {
                 return;
             }
             let is_all = topic == Topic::Events;
+            if before.is_none() && marks.len() >= MARKS_MAX {
+                marks.clear();
+            }
             marks.insert(key, Mark { born, last: told.last, all_until: is_all.then_some(told.last), died: told.died });
             let missed = before.and_then(|mark| mark.all_until).filter(|_| is_all);
             let missed = missed.map_or(0, |until| first.saturating_sub(until + 1));

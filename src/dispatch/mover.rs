@@ -21,7 +21,7 @@ use super::router::Ring;
 use super::{Dispatcher, ShardMap};
 use crate::error::{Error, Happened, Result};
 use crate::job::{JobState, JobView, Name, Policy, Spec, format_id, group_home};
-use crate::shard::{Action, Departure, Op, Outcome};
+use crate::shard::{Action, Departure, Op, Outcome, TravelMark};
 
 /// The role, as the shard knows it.
 const ROLE: &str = "mover";
@@ -104,13 +104,13 @@ async fn empty_queue(lane: &Lane, map: &ShardMap, journal: &Journal, holder: &st
                 Outcome::Departing(departure) => departure,
                 other => return Err(Error::bad(format!("the shard answered a departure with {other:?}"))),
             };
-            let Departure { number, route, jobs } = departure;
+            let Departure { mark, route, jobs } = departure;
             if jobs.is_empty() {
                 break;
             }
             let count = jobs.len() as u64;
-            deliver(lane, map, queue, number, &route, jobs).await?;
-            ask(lane, queue, Action::Departed { number }).await?;
+            deliver(lane, map, queue, mark, &route, jobs).await?;
+            ask(lane, queue, Action::Departed { mark }).await?;
             journal.entry(lane.name().clone()).or_default().moved += count;
         }
     }
@@ -122,7 +122,7 @@ async fn deliver(
     lane: &Lane,
     map: &ShardMap,
     queue: &Name,
-    number: u64,
+    mark: TravelMark,
     route: &Bytes,
     jobs: Vec<JobView>,
 ) -> Result<()> {
@@ -139,7 +139,7 @@ async fn deliver(
     for (target, jobs) in parts {
         let target = map.lane(target).ok_or_else(|| super::no_shard(target))?;
         let source = Bytes::copy_from_slice(lane.name().as_bytes());
-        let action = Action::Arrive { source, number, jobs: Arc::new(jobs) };
+        let action = Action::Arrive { source, mark, jobs: Arc::new(jobs) };
         ask(target, queue, action).await?;
     }
     Ok(())

@@ -26,6 +26,8 @@ use crate::shard::redis::link::Link;
 const INBOX_BYTES_MAX: usize = 8 << 20;
 /// While so much waits, what the process itself feeds is counted for the subscriber and not kept.
 const OWN_BYTES_MAX: usize = 1 << 20;
+/// Channels of which it may have missed something; a client that missed more is given up.
+const MISSED_MAX: usize = 4_096;
 
 /// What a subscription is to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -104,6 +106,10 @@ impl Inbox {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         if !waiting.missed.is_empty() || waiting.bytes.len() + message.len() > OWN_BYTES_MAX {
             *waiting.missed.entry((kind as usize, name.clone(), channel.clone())).or_default() += 1;
+            if waiting.missed.len() > MISSED_MAX {
+                self.overflowed.store(true, Ordering::Relaxed);
+                waiting.missed.clear();
+            }
         } else {
             waiting.bytes.extend_from_slice(message);
         }
@@ -379,5 +385,9 @@ mod tests {
         hub.publish(&channels[0], b"again");
         out.clear();
         assert!(inbox.drain(&mut out) && out.ends_with(b"again\r\n"));
+        for number in 0..MISSED_MAX + 5 {
+            hub.publish(&Bytes::from(format!("goflow:events:{number}")), &payload);
+        }
+        assert!(!inbox.drain(&mut out), "what it missed is counted without an end");
     }
 }

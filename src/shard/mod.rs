@@ -360,9 +360,9 @@ pub enum Action {
     /// kept with them. While a batch is on its way, that one. [`Outcome::Departing`]
     Depart { state: JobState, count: u64, route: Bytes },
     /// Adds a batch of another shard's jobs. [`Outcome::Count`]: 0 when it is here already.
-    Arrive { source: Bytes, number: u64, jobs: Arc<Vec<JobView>> },
+    Arrive { source: Bytes, mark: TravelMark, jobs: Arc<Vec<JobView>> },
     /// Removes a batch that has arrived. [`Outcome::Count`]
-    Departed { number: u64 },
+    Departed { mark: TravelMark },
     /// On a lock or semaphore instead of a queue; it has no [`Effect`].
     Keyed { kind: Keyed, deed: Deed },
 }
@@ -378,10 +378,18 @@ pub enum Placed {
     Outdated,
 }
 
-/// A batch of jobs on their way to other shards. Number 0, and no jobs: there are none.
+/// Which batch of a queue's jobs left a shard. A later one is larger, also from a shard that lost its last writes in a
+/// fail-over and counts from an older number: its clock went on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TravelMark {
+    pub at: UnixMs,
+    pub number: u64,
+}
+
+/// A batch of jobs on their way to other shards. No jobs: there are none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Departure {
-    pub number: u64,
+    pub mark: TravelMark,
     pub route: Bytes,
     pub jobs: Vec<JobView>,
 }

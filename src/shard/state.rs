@@ -359,7 +359,7 @@ mod tests {
     use crate::job::{JobRef, JobState, Lease, Policy};
     use crate::shard::event::Recording;
     use crate::shard::memory::MapRows;
-    use crate::shard::{Action, Outcome, Party, Retention, Start};
+    use crate::shard::{Action, Outcome, Party, Retention, Start, TravelMark};
     use proptest::prelude::*;
     use std::sync::Arc;
 
@@ -408,7 +408,7 @@ mod tests {
             19 => {
                 Action::Depart { state: JobState::ALL[[0, 1, 3][(a % 3) as usize]], count: b % 4, route: key("r", b) }
             }
-            20 => Action::Departed { number: a % 40 },
+            20 => Action::Departed { mark: TravelMark { at: a % 3, number: a % 40 } },
             21 => Action::Seek { id: Some(key("id", b % 4)), unique: None, homes_since: a % 3 },
             _ => Action::Tick,
         }

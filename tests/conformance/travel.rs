@@ -4,7 +4,7 @@ use bytes::Bytes;
 use std::sync::Arc;
 
 use goflow::job::{JobRef, JobState, JobView, Policy};
-use goflow::shard::{Action, Departure, Outcome, Placed, Start};
+use goflow::shard::{Action, Departure, Outcome, Placed, Start, TravelMark};
 
 use super::trial::{BEGIN, Trial, chosen, kill, payloads, policy, with_attempts, with_id, with_ttl, with_unique};
 use super::{Keeper, cases};
@@ -17,9 +17,18 @@ async fn depart(trial: &mut Trial, state: JobState, count: u64) -> Departure {
     }
 }
 
-async fn arrive(trial: &mut Trial, number: u64, jobs: &[JobView]) -> u64 {
+async fn arrive(trial: &mut Trial, mark: TravelMark, jobs: &[JobView]) -> u64 {
     let source = Bytes::from_static(b"s0");
-    trial.count(Action::Arrive { source, number, jobs: Arc::new(jobs.to_vec()) }).await
+    trial.count(Action::Arrive { source, mark, jobs: Arc::new(jobs.to_vec()) }).await
+}
+
+fn mark(number: u64) -> TravelMark {
+    TravelMark { at: 1_000, number }
+}
+
+/// The mark of a batch after this one.
+fn after(mark: TravelMark) -> TravelMark {
+    TravelMark { number: mark.number + 1, ..mark }
 }
 
 fn seqs(departure: &Departure) -> Vec<u64> {
@@ -48,13 +57,13 @@ async fn the_same_batch_departs_until_it_has_arrived(keeper: &Keeper) {
         trial = keeper.open().await;
         assert_eq!(depart(&mut trial, JobState::Ready, 0).await, batch, "and after a restart");
     }
-    assert_eq!(trial.count(Action::Departed { number: batch.number + 1 }).await, 0, "another batch");
-    assert_eq!(trial.count(Action::Departed { number: batch.number }).await, 2);
-    assert_eq!(trial.count(Action::Departed { number: batch.number }).await, 0, "a repeat");
+    assert_eq!(trial.count(Action::Departed { mark: after(batch.mark) }).await, 0, "another batch");
+    assert_eq!(trial.count(Action::Departed { mark: batch.mark }).await, 2);
+    assert_eq!(trial.count(Action::Departed { mark: batch.mark }).await, 0, "a repeat");
     assert_eq!(trial.find(JobRef::Seq(all[0])).await, None);
     let next = depart(&mut trial, JobState::Ready, 9).await;
-    assert!(next.number > batch.number && seqs(&next) == all[2..]);
-    trial.count(Action::Departed { number: next.number }).await;
+    assert!(next.mark > batch.mark && seqs(&next) == all[2..]);
+    trial.count(Action::Departed { mark: next.mark }).await;
     assert_eq!(depart(&mut trial, JobState::Ready, 9).await, Departure::default());
 }
 
@@ -62,17 +71,20 @@ async fn what_has_arrived_is_not_added_again(keeper: &Keeper) {
     let mut trial = keeper.open().await;
     trial.enqueue_many(Policy::default(), 3).await;
     let batch = depart(&mut trial, JobState::Ready, 9).await;
-    assert_eq!(arrive(&mut trial, 7, &batch.jobs).await, 3);
+    assert_eq!(arrive(&mut trial, mark(7), &batch.jobs).await, 3);
     assert_eq!(trial.effect().ready, 3);
-    assert_eq!(arrive(&mut trial, 7, &batch.jobs).await, 0);
-    assert_eq!(arrive(&mut trial, 6, &batch.jobs[..1]).await, 0);
+    assert_eq!(arrive(&mut trial, mark(7), &batch.jobs).await, 0);
+    assert_eq!(arrive(&mut trial, mark(6), &batch.jobs[..1]).await, 0);
     // Also when the jobs are long over.
     for delivery in trial.lease(9).await {
         trial.ack(delivery.lease).await;
     }
     trial.purge(JobState::Completed).await;
-    assert_eq!(arrive(&mut trial, 7, &batch.jobs).await, 0);
-    assert_eq!(arrive(&mut trial, 8, &batch.jobs[..1]).await, 1);
+    assert_eq!(arrive(&mut trial, mark(7), &batch.jobs).await, 0);
+    assert_eq!(arrive(&mut trial, mark(8), &batch.jobs[..1]).await, 1);
+    // The source lost its last writes and counts from an older number.
+    assert_eq!(arrive(&mut trial, TravelMark { at: 2_000, number: 3 }, &batch.jobs[..1]).await, 1);
+    assert_eq!(arrive(&mut trial, mark(9), &batch.jobs[..1]).await, 0, "what is older than that");
 }
 
 async fn a_job_arrives_as_it_departed(keeper: &Keeper) {
@@ -90,13 +102,13 @@ async fn a_job_arrives_as_it_departed(keeper: &Keeper) {
         .enqueue_as(Policy { meta: vec![("a".into(), "b".into())], kind: "t".into(), ..with_ttl(90_000) }, "fresh")
         .await;
     trial.advance(100);
-    let mut number = 0;
+    let mut last = TravelMark::default();
     for state in [JobState::Ready, JobState::Scheduled, JobState::Dead] {
         let batch = depart(&mut trial, state, 9).await;
-        number += 1;
-        trial.count(Action::Departed { number: batch.number }).await;
+        last = after(last);
+        trial.count(Action::Departed { mark: batch.mark }).await;
         trial.advance(10);
-        assert_eq!(arrive(&mut trial, number, &batch.jobs).await, batch.jobs.len() as u64);
+        assert_eq!(arrive(&mut trial, last, &batch.jobs).await, batch.jobs.len() as u64);
         let mut there = trial.peek(state, 0, 9).await;
         assert_eq!(there.len(), batch.jobs.len());
         there.sort_by_key(|job| job.seq);
@@ -122,10 +134,10 @@ async fn ready_jobs_arrive_behind_those_that_are_there_but_before_lower_ones(kee
     };
     trial.release(lease, 0).await;
     let batch = depart(&mut trial, JobState::Ready, 9).await;
-    trial.count(Action::Departed { number: batch.number }).await;
+    trial.count(Action::Departed { mark: batch.mark }).await;
     trial.enqueue("b").await;
     trial.enqueue_as(policy(|policy| policy.priority = -1), "low").await;
-    arrive(&mut trial, 1, &batch.jobs).await;
+    arrive(&mut trial, mark(1), &batch.jobs).await;
     let order = ["released", "high", "b", "a", "low"];
     assert_eq!(payloads(&trial.lease(9).await), order);
 }
@@ -137,9 +149,9 @@ async fn keys_travel_with_their_jobs(keeper: &Keeper) {
     let batch = depart(&mut trial, JobState::Ready, 9).await;
     let held = trial.place(with_id("mine"), "z", Start::Now).await;
     assert_eq!(held, Placed::Held { seq: first, chosen: Some("mine".into()) }, "held while it is on its way");
-    trial.count(Action::Departed { number: batch.number }).await;
+    trial.count(Action::Departed { mark: batch.mark }).await;
     assert_eq!(trial.find(chosen("mine")).await, None);
-    arrive(&mut trial, 1, &batch.jobs).await;
+    arrive(&mut trial, mark(1), &batch.jobs).await;
     assert_eq!(trial.find(chosen("mine")).await.map(|job| job.spec.payload), Some("x".into()));
     assert!(matches!(trial.place(with_unique("once", 0), "z", Start::Now).await, Placed::Held { .. }));
     trial.advance(1_000);
@@ -153,9 +165,9 @@ async fn an_id_that_another_job_has_there_is_left_behind(keeper: &Keeper) {
     let mut trial = keeper.open().await;
     trial.enqueue_as(policy(|policy| (policy.id, policy.kind) = (Some("mine".into()), "t".into())), "x").await;
     let batch = depart(&mut trial, JobState::Ready, 9).await;
-    trial.count(Action::Departed { number: batch.number }).await;
+    trial.count(Action::Departed { mark: batch.mark }).await;
     trial.enqueue_as(with_id("mine"), "other").await;
-    arrive(&mut trial, 1, &batch.jobs).await;
+    arrive(&mut trial, mark(1), &batch.jobs).await;
     let jobs = trial.peek(JobState::Ready, 0, 9).await;
     let ids: Vec<Option<Bytes>> = jobs.iter().map(|job| job.spec.policy.id.clone()).collect();
     assert_eq!((ids, jobs[1].spec.payload.as_ref()), (vec![Some("mine".into()), None], &b"x"[..]));

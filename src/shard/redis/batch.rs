@@ -17,7 +17,7 @@ use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Spec, TEXT_BY
 use crate::shard::event::{self, PAGE_EVENTS_MAX, Recording};
 use crate::shard::{
     Action, BULK_JOBS_MAX, DeathGroup, DeathMark, Deed, Departure, Effect, Keyed, LimitDeed, LimitView, Op, Outcome,
-    PAGE_JOBS_MAX, Placed, QueueLimits, RATE_STEPS, Rate, Rules, SessionView, Start, Stats, TICK_JOBS_MAX,
+    PAGE_JOBS_MAX, Placed, QueueLimits, RATE_STEPS, Rate, Rules, SessionView, Start, Stats, TICK_JOBS_MAX, TravelMark,
 };
 
 /// Numbers of 6 bytes are below this.
@@ -659,17 +659,26 @@ fn put_one(command: &mut Cmd, scratch: &mut BytesMut, action: &Action) {
         Action::Depart { state, count, route } => {
             command.arg("d").arg(state_char(*state)).arg(*count.min(&(BULK_JOBS_MAX as u64))).arg(&route[..]);
         }
-        Action::Arrive { source, number, jobs } => {
-            command.arg("W").arg(&source[..]).arg(*number).arg(jobs.len());
+        Action::Arrive { source, mark, jobs } => {
+            scratch.clear();
+            put_mark(scratch, *mark);
+            command.arg("W").arg(&source[..]).arg(&scratch[..]).arg(jobs.len());
             jobs.iter().for_each(|job| put_traveller(command, scratch, job));
         }
-        Action::Departed { number } => {
-            command.arg("z").arg(*number);
+        Action::Departed { mark } => {
+            scratch.clear();
+            put_mark(scratch, *mark);
+            command.arg("z").arg(&scratch[..]);
         }
         Action::Tick | Action::Enqueue { .. } | Action::Lease { .. } | Action::Ack { .. } | Action::Keyed { .. } => {
             command.arg("t");
         }
     }
+}
+
+fn put_mark(out: &mut BytesMut, mark: TravelMark) {
+    put_short(out, mark.at);
+    put_short(out, mark.number);
 }
 
 /// A job that comes from another shard: its whole record, and what has happened to it.
@@ -915,10 +924,11 @@ fn read_one(action: &Action, value: Value, now: UnixMs) -> Option<Outcome> {
         }
         (Action::Depart { .. }, value) => {
             let mut parts = list(value)?.into_iter();
-            let Some(number) = parts.next() else { return Some(Outcome::Departing(Departure::default())) };
-            let (number, route) = (int(&number)? as u64, text(parts.next()?)?);
+            let Some(mark) = parts.next() else { return Some(Outcome::Departing(Departure::default())) };
+            let (mut mark, route) = (text(mark)?, text(parts.next()?)?);
+            let mark = TravelMark { at: short(&mut mark)?, number: short(&mut mark)? };
             let jobs = list(parts.next()?)?.into_iter().map(read_view).collect::<Option<_>>()?;
-            Outcome::Departing(Departure { number, route, jobs })
+            Outcome::Departing(Departure { mark, route, jobs })
         }
         (_, Value::BulkString(word)) => match word.first()? {
             b'O' => Outcome::Done,

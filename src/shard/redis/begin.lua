@@ -26,7 +26,8 @@
 --                       (6 each); "l" the ledger's version (6) and text
 --   completed, cancelled, expired          lists of the seqs that are kept, oldest first
 --   outbox     hash     key of a group of deaths -> its row, as `src/shard/outbox.rs` lays it out
---   moving     hash     jobs on their way to another shard: seq -> rank (4), and "" -> number of the batch (6), route
+--   moving     hash     jobs on their way to another shard: seq -> rank (4), and "" -> time and number of the batch (6
+--                       each), route
 --   retired    list     seqs of jobs without a record, whose state record is kept for its history, oldest first
 --   journal    stream   a chunk of events for each call that made some; its id is the number of the last of them
 -- ARGV: the header, then the ops. The answer: {outcomes, ready, load, due (-1: nothing), now, deaths}.

@@ -1562,7 +1562,7 @@ function make_rules()
     return {{parse('>I6', holder), it and keys_of(it) or false}}
   end
 
-  -- Answers {number, route, views}, or nothing where no batch is on its way.
+  -- Answers {mark, route, views}, or nothing where no batch is on its way.
   local function depart()
     local state, most, route = arguments(3)
     most = math.min(tonumber(most), bulk_max)
@@ -1587,14 +1587,14 @@ function make_rules()
       end
       M.seq = M.seq + 1
       stored[#stored + 1] = ''
-      stored[#stored + 1] = pack('>I6', M.seq) .. route
+      stored[#stored + 1] = pack('>I6I6', now, M.seq) .. route
       send('HSET', MOVING, stored)
     end
-    local number, seqs, ranks = 0, {}, {}
+    local mark, seqs, ranks = '', {}, {}
     for i = 1, #stored, 2 do
       local job, value = stored[i], stored[i + 1]
       if job == '' then
-        number, route = parse('>I6', value), sub(value, 7)
+        mark, route = sub(value, 1, 12), sub(value, 13)
       else
         seqs[#seqs + 1] = job
         ranks[job] = value
@@ -1605,7 +1605,7 @@ function make_rules()
     for i = 1, #seqs do
       views[i] = {seqs[i], records[i], states[i] or ''}
     end
-    return {number, route, views}
+    return {mark, route, views}
   end
 
   local function arrive_one(record, state)
@@ -1663,14 +1663,16 @@ function make_rules()
   end
 
   local function arrive()
-    local source, number, count = arguments(3)
-    number, count = tonumber(number), tonumber(count)
+    local source, mark, count = arguments(3)
+    count = tonumber(count)
     local last = call('HGET', HELD, 'b' .. source)
-    if last and parse('>I6', last) >= number then
+    local time, number = parse('>I6I6', mark)
+    local last_time, last_number = parse('>I6I6', last or pack('>I6I6', 0, 0))
+    if last_time > time or last_time == time and last_number >= number then
       at = at + 2 * count
       return 0
     end
-    call('HSET', HELD, 'b' .. source, pack('>I6', number))
+    call('HSET', HELD, 'b' .. source, mark)
     for _ = 1, count do
       arrive_one(arguments(2))
     end
@@ -1678,9 +1680,9 @@ function make_rules()
   end
 
   local function departed()
-    local number = tonumber(arguments(1))
+    local mark = arguments(1)
     local batch = call('HGET', MOVING, '')
-    if not batch or parse('>I6', batch) ~= number then
+    if not batch or sub(batch, 1, 12) ~= mark then
       return 0
     end
     local fields, seqs = call('HKEYS', MOVING), {}

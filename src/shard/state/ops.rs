@@ -80,8 +80,8 @@ impl<R: Rows> Turn<'_, R> {
             // An object is no part of a queue: it never comes here.
             Action::Seek { id, unique, homes_since } => self.seek(id.as_ref(), unique.as_ref(), homes_since),
             Action::Depart { state, count, route } => self.depart(state, count, &route),
-            Action::Arrive { source, number, jobs } => self.arrive(&source, number, &jobs),
-            Action::Departed { number } => self.departed(number),
+            Action::Arrive { source, mark, jobs } => self.arrive(&source, mark, &jobs),
+            Action::Departed { mark } => self.departed(mark),
             Action::Tick | Action::Keyed { .. } => Ok(Outcome::Done),
         }
     }

@@ -16,12 +16,12 @@ use super::turn::Turn;
 use crate::error::Result;
 use crate::job::{JobState, JobView, Policy, Spec};
 use crate::shard::event::{self, Event, What};
-use crate::shard::{BULK_JOBS_MAX, Departure, Outcome, Placed, TRAVEL_BYTES_MAX, TRAVEL_STEP};
+use crate::shard::{BULK_JOBS_MAX, Departure, Outcome, Placed, TRAVEL_BYTES_MAX, TRAVEL_STEP, TravelMark};
 
 /// A batch on its way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
-    number: u64,
+    mark: TravelMark,
     route: Bytes,
     /// In the order in which they arrive.
     seqs: Vec<u64>,
@@ -34,8 +34,17 @@ pub struct Travel {
     /// The version in which homes moved last, as somebody has told; 0: nobody has.
     pub homes_since: u64,
     pub departing: Option<Batch>,
-    /// By the name of a shard the number of its last batch that came here.
-    arrived: BTreeMap<Bytes, u64>,
+    /// By the name of a shard its last batch that came here.
+    arrived: BTreeMap<Bytes, TravelMark>,
+}
+
+fn put_mark(out: &mut BytesMut, mark: TravelMark) {
+    out.put_u64(mark.at);
+    out.put_u64(mark.number);
+}
+
+fn read_mark(row: &mut Bytes) -> Option<TravelMark> {
+    Some(TravelMark { at: row.try_get_u64().ok()?, number: row.try_get_u64().ok()? })
 }
 
 impl Travel {
@@ -47,13 +56,13 @@ impl Travel {
         let mut out = BytesMut::new();
         out.put_u64(self.homes_since);
         out.put_u32(self.arrived.len() as u32);
-        for (source, number) in &self.arrived {
+        for (source, mark) in &self.arrived {
             out.put_u16(source.len() as u16);
             out.put_slice(source);
-            out.put_u64(*number);
+            put_mark(&mut out, *mark);
         }
         if let Some(batch) = &self.departing {
-            out.put_u64(batch.number);
+            put_mark(&mut out, batch.mark);
             out.put_u32(batch.route.len() as u32);
             out.put_slice(&batch.route);
             batch.seqs.iter().for_each(|seq| out.put_u64(*seq));
@@ -70,16 +79,16 @@ impl Travel {
         for _ in 0..row.try_get_u32().ok()? {
             let len = usize::from(row.try_get_u16().ok()?);
             let source = (row.len() >= len).then(|| row.split_to(len))?;
-            travel.arrived.insert(source, row.try_get_u64().ok()?);
+            travel.arrived.insert(source, read_mark(&mut row)?);
         }
         if !row.is_empty() {
-            let (number, len) = (row.try_get_u64().ok()?, row.try_get_u32().ok()? as usize);
+            let (mark, len) = (read_mark(&mut row)?, row.try_get_u32().ok()? as usize);
             let route = (row.len() >= len).then(|| row.split_to(len))?;
             let mut seqs = Vec::with_capacity(row.len() / 8);
             while !row.is_empty() {
                 seqs.push(row.try_get_u64().ok()?);
             }
-            travel.departing = Some(Batch { number, route, known: seqs.iter().copied().collect(), seqs });
+            travel.departing = Some(Batch { mark, route, known: seqs.iter().copied().collect(), seqs });
         }
         Some(travel)
     }
@@ -122,10 +131,11 @@ impl<R: Rows> Turn<'_, R> {
                 }
             }
             if !seqs.is_empty() {
-                let (number, known) = (self.queue.next(), seqs.iter().copied().collect());
+                let mark = TravelMark { at: self.now, number: self.queue.next() };
+                let known = seqs.iter().copied().collect();
                 // A copy: what is kept must not hold the request's memory.
                 let route = Bytes::copy_from_slice(route);
-                self.queue.travel.departing = Some(Batch { number, route, seqs, known });
+                self.queue.travel.departing = Some(Batch { mark, route, seqs, known });
                 self.put_travel();
             }
         }
@@ -134,14 +144,14 @@ impl<R: Rows> Turn<'_, R> {
         };
         let jobs: Result<Vec<Option<JobView>>> = batch.seqs.iter().map(|seq| self.view(*seq)).collect();
         let jobs = jobs?.into_iter().flatten().collect();
-        Ok(Outcome::Departing(Departure { number: batch.number, route: batch.route, jobs }))
+        Ok(Outcome::Departing(Departure { mark: batch.mark, route: batch.route, jobs }))
     }
 
-    pub fn arrive(&mut self, source: &Bytes, number: u64, jobs: &[JobView]) -> Result<Outcome> {
-        if self.queue.travel.arrived.get(source).is_some_and(|last| *last >= number) {
+    pub fn arrive(&mut self, source: &Bytes, mark: TravelMark, jobs: &[JobView]) -> Result<Outcome> {
+        if self.queue.travel.arrived.get(source).is_some_and(|last| *last >= mark) {
             return Ok(Outcome::Count(0));
         }
-        self.queue.travel.arrived.insert(Bytes::copy_from_slice(source), number);
+        self.queue.travel.arrived.insert(Bytes::copy_from_slice(source), mark);
         self.put_travel();
         for view in jobs {
             self.add_arrived(view)?;
@@ -200,8 +210,8 @@ impl<R: Rows> Turn<'_, R> {
         member.map_or(Ok(()), |member| self.admit(&member.key))
     }
 
-    pub fn departed(&mut self, number: u64) -> Result<Outcome> {
-        match self.queue.travel.departing.take_if(|batch| batch.number == number) {
+    pub fn departed(&mut self, mark: TravelMark) -> Result<Outcome> {
+        match self.queue.travel.departing.take_if(|batch| batch.mark == mark) {
             None => Ok(Outcome::Count(0)),
             Some(batch) => {
                 for seq in &batch.seqs {
@@ -224,11 +234,11 @@ mod tests {
     #[test]
     fn a_row_is_read_back_as_it_was() {
         let mut travel = Travel { homes_since: 7, ..Travel::default() };
-        travel.arrived.insert("s0".into(), 99);
+        travel.arrived.insert("s0".into(), TravelMark { at: 7, number: 99 });
         assert_eq!(Travel::decode(travel.encode()).unwrap(), travel);
         let seqs = vec![3, 1, 2];
         let known = seqs.iter().copied().collect();
-        travel.departing = Some(Batch { number: 4, route: "a*1".into(), seqs, known });
+        travel.departing = Some(Batch { mark: TravelMark { at: 5, number: 4 }, route: "a*1".into(), seqs, known });
         let row = travel.encode();
         assert_eq!(Travel::decode(row.clone()).unwrap(), travel);
         assert!(Travel::decode(row.slice(..row.len() - 3)).is_err());
