@@ -44,7 +44,7 @@ use crate::job::Name;
 use crate::resp::reply::Reply;
 
 /// What stands in `DIR/format`.
-const FORMAT: &str = "goflow embedded store 2\n";
+const FORMAT: &str = "goflow embedded store 3\n";
 /// Rows in memory before they go to a table on disk, for each of the three keyspaces. With its index a row takes about
 /// twice its bytes here, and a full one waits beside the new one until it is written.
 const MEMTABLE_BYTES_MAX: u64 = 8 << 20;
