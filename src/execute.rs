@@ -619,16 +619,16 @@ fn start_op(route: Route, op: Op, render: Render, dispatcher: &Arc<Dispatcher>, 
     Ok(submit(&lane, op, shape, asker))
 }
 
-fn start_acquire(acquire: Acquire, dispatcher: &Dispatcher, asker: Asker) -> Answer {
+fn start_acquire(acquire: Acquire, dispatcher: &Arc<Dispatcher>, asker: Asker) -> Answer {
     let Acquire { kind, name, limit, ttl_ms, owner, wait_ms, bind } = acquire;
-    let map = dispatcher.map();
-    let lane = match map.home_of_lock(name.as_str()) {
-        Ok(lane) => lane.clone(),
-        Err(error) => return Answer::reply(error.into()),
-    };
-    let wanted = Wanted { kind, name, limit, ttl_ms, owner, wait_ms, bind, moved_in: map.layout.locks_since };
+    let (dispatcher, of) = (dispatcher.clone(), name.clone());
+    let home: turnstile::Home = Box::new(move || {
+        let map = dispatcher.map();
+        Ok((map.home_of_lock(of.as_str())?.clone(), map.layout.locks_since))
+    });
+    let wanted = Wanted { kind, name, limit, ttl_ms, owner, wait_ms, bind, moved_in: 0 };
     let later: Later = Box::pin(async move {
-        match (turnstile::acquire(lane, wanted, asker.session).await, kind) {
+        match (turnstile::acquire(home, wanted, asker.session).await, kind) {
             (Err(error), _) => Done::Reply(error.into()),
             (Ok(None), Keyed::Lock) => Done::Reply(Reply::NullArray),
             (Ok(None), Keyed::Semaphore) => Done::Reply(Reply::Null),

@@ -23,7 +23,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
 use crate::clients::{Peer, Unblock};
 use crate::command::ordinary;
-use crate::command::{self, Connection, Context, Dequeue, Plan, ReplyMode};
+use crate::command::{self, Acquire, Connection, Context, Dequeue, Plan, ReplyMode};
 use crate::dispatch::bound::{Binding, Membership};
 use crate::dispatch::turnstile::Claim;
 use crate::error::{Code, Error};
@@ -44,6 +44,8 @@ use crate::shard::{Action, Deed, Op};
 const PIPELINE_MAX: usize = 1_024;
 /// So many before anything is known of their size.
 const PIPELINE_FIRST: usize = 64;
+/// Most locks and slots that one connection holds for as long as it lives.
+const BONDS_MAX: usize = 1_000;
 /// While this much output is unsent, no further request is started.
 const OUTPUT_PAUSE: usize = 256 << 10;
 /// While a client waits, so much of what it sends behind is read, to notice when it hangs up.
@@ -461,11 +463,27 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         }
     }
 
-    /// Makes the connection one of the worker session that the jobs of a DEQUEUE are to be bound to.
+    /// Makes the connection one of the worker session that the jobs of a DEQUEUE are to be bound to, and sees that it takes
+    /// one more lock or slot to be bound to itself.
     fn join(&mut self, plan: &Plan) -> Result<Option<Binding>, Error> {
-        let Plan::Dequeue(Dequeue { queues, worker, bind: Some(run_ms), .. }) = plan else { return Ok(None) };
-        let map = self.process.dispatcher.map();
-        self.membership.join(worker, queues, &map.lanes, *run_ms).map(Some)
+        match plan {
+            Plan::Dequeue(Dequeue { queues, worker, bind: Some(run_ms), .. }) => {
+                let map = self.process.dispatcher.map();
+                self.membership.join(worker, queues, &map.lanes, *run_ms).map(Some)
+            }
+            Plan::Acquire(Acquire { bind: true, .. }) if self.bonds.len() >= BONDS_MAX => {
+                // Some may have been released by another connection, or lost.
+                let over = self.bonds.extract_if(|_, claim| claim.is_over());
+                over.for_each(|(_, claim)| claim.settle());
+                match self.bonds.len() < BONDS_MAX {
+                    true => Ok(None),
+                    false => Err(Error::bad(format!(
+                        "{BONDS_MAX} locks and slots are bound to this connection already, which is the limit"
+                    ))),
+                }
+            }
+            _ => Ok(None),
+        }
     }
 
     /// What the client releases itself is not bound to the connection any more.

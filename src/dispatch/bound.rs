@@ -11,8 +11,8 @@
 //! to a shard is kept from when a connection of that name asks for a job of that queue. A process that is killed leaves
 //! the end it last gave, one that drains leaves the sessions with names a full one. Leaves the rules to the shards.
 
+use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -74,8 +74,8 @@ pub struct Worker {
     key: Bytes,
     /// The numbers of its connections; changed under the lock of the map of workers.
     connections: Mutex<Vec<u64>>,
-    /// Queues whose shards were asked what the session has there.
-    asked: Mutex<HashSet<Name, RandomState>>,
+    /// When the shards of a queue were asked what the session has there.
+    asked: Mutex<HashMap<Name, Instant, RandomState>>,
     /// Where it has bonds; changed under the lock of the bonds.
     places: Mutex<Places>,
 }
@@ -176,7 +176,8 @@ pub fn worker_name(key: &Bytes) -> Option<Bytes> {
 }
 
 impl Worker {
-    /// The shards of a queue that was not asked for yet may know the session from elsewhere.
+    /// The shards of a queue that was not asked for lately may know the session from elsewhere: from a proxy that is gone, and
+    /// soon with it what it kept.
     fn ask(self: &Arc<Worker>, queues: &[Name], lanes: &[Arc<Lane>], workers: &Arc<Workers>) {
         for queue in queues {
             let is_new = {
@@ -184,7 +185,8 @@ impl Worker {
                 if asked.len() >= QUEUES_KEPT_MAX {
                     asked.clear();
                 }
-                asked.insert(queue.clone())
+                let before = asked.insert(queue.clone(), Instant::now());
+                before.is_none_or(|at| at.elapsed() >= Duration::from_millis(workers.terms.keep_ms / 2))
             };
             if is_new {
                 lanes.iter().for_each(|lane| self.note(lane, queue.clone(), Vec::new(), workers));
@@ -390,15 +392,21 @@ async fn keep(lane: Arc<Lane>, workers: Arc<Workers>) {
             all_at = Instant::now() + third(&workers);
         }
         let mut failed = false;
+        // A session may have several parties: what was counted after the last one is what it has.
+        let mut kept: HashMap<(Name, Bytes), u64, RandomState> = HashMap::default();
         for Word { queue, parties, outcome } in speak(&lane, &workers, all) {
             match outcome.await {
-                Ok(Ok(Outcome::Kept(counts))) => note_kept(&lane, &queue, parties.iter().zip(counts)),
+                Ok(Ok(Outcome::Kept(counts))) => {
+                    let sessions = parties.into_iter().map(|party| (queue.clone(), party.session));
+                    kept.extend(sessions.zip(counts));
+                }
                 _ => {
                     failed = true;
                     note_failed(&lane.book, &queue, parties);
                 }
             }
         }
+        note_kept(&lane, kept);
         if failed {
             all_at = all_at.min(Instant::now() + Duration::from_millis(rand::rng().random_range(AGAIN_MS)));
         }
@@ -429,15 +437,15 @@ fn speak(lane: &Lane, workers: &Workers, all: bool) -> Vec<Word> {
 }
 
 /// A session that has nothing there, and of which nothing new is to be said, is not kept there any more.
-fn note_kept<'a>(lane: &Lane, queue: &Name, counts: impl Iterator<Item = (&'a Party, u64)>) {
+fn note_kept(lane: &Lane, counts: HashMap<(Name, Bytes), u64, RandomState>) {
     let mut bonds = lock(&lane.book.bonds);
-    for (party, count) in counts {
-        if let Entry::Occupied(bond) = bonds.entry((queue.clone(), party.session.clone()))
-            && count == 0
+    for (key, _) in counts.into_iter().filter(|(_, count)| *count == 0) {
+        let queue = key.0.clone();
+        if let Entry::Occupied(bond) = bonds.entry(key)
             && !bond.get().is_new
         {
             let Bond { worker, .. } = bond.remove();
-            lock(&worker.places).remove(&(lane.name().clone(), queue.clone()));
+            lock(&worker.places).remove(&(lane.name().clone(), queue));
         }
     }
 }
@@ -459,6 +467,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]

@@ -133,8 +133,8 @@ enum Answer {
     Again(Reply<Result<Outcome>>),
     Leasing(Reply<Result<Leased>>),
     Ticket(Arc<Ticket>),
-    /// Nobody, but it must be done: a shard that is out of reach is told again when it is back.
-    Owed(Name, Lease),
+    /// Nobody, but it must be done, and may be done twice: a shard that is out of reach is told again when it is back.
+    Owed(Op),
     Nobody,
 }
 
@@ -199,10 +199,14 @@ impl Mailbox {
     }
 }
 
+fn owed(op: Op, session: u64) -> Parcel {
+    Parcel { op: op.clone(), session, answer: Answer::Owed(op) }
+}
+
 /// Gives a lease back, attempt uncounted and at the job's old place.
 fn release(queue: Name, lease: Lease) -> Parcel {
-    let op = Op { queue: queue.clone(), action: Action::Release { lease, delay: 0 } };
-    Parcel { op, session: 0, answer: Answer::Owed(queue, lease) }
+    let op = Op { queue, action: Action::Release { lease, delay: 0 } };
+    owed(op, 0)
 }
 
 /// Moves what has fallen due in a queue, and asks how it stands.
@@ -419,6 +423,12 @@ impl Lane {
         self.mail().push(op, session, Answer::Session(reply));
         self.bell.notify_one();
         receiver
+    }
+
+    /// Puts a release in line that must be done, as soon as the shard can be reached.
+    pub fn give_back(&self, op: Op, session: u64) {
+        self.mail().put(owed(op, session));
+        self.bell.notify_one();
     }
 
     /// Puts a lease in line for a client that does not wait.
@@ -742,8 +752,10 @@ impl Line {
         let (mut jobs, mut bytes) = (0, 0);
         {
             let mut mail = self.lane.mail();
+            // A shard that is not asked has no batches: everything is refused at once.
+            let rests = self.is_resting();
             while let Some(parcel) = mail.parcels.front()
-                && (taken.is_empty() || (jobs < BATCH_JOBS_MAX && bytes < BATCH_BYTES_MAX))
+                && (rests || taken.is_empty() || (jobs < BATCH_JOBS_MAX && bytes < BATCH_BYTES_MAX))
             {
                 jobs += op_jobs(&parcel.op);
                 bytes += op_bytes(&parcel.op);
@@ -907,14 +919,15 @@ impl Line {
                                 true => ticket.deliver(leased),
                                 false => returned.push((queue, ticket, None)),
                             },
-                            Err(error) if error.code == Code::ShardDown => returned.push((queue, ticket, None)),
-                            _ => returned.push((queue, ticket, Some(0))),
+                            // Whether there are jobs was not said.
+                            Err(_) => returned.push((queue, ticket, None)),
+                            Ok(_) => returned.push((queue, ticket, Some(0))),
                         }
                     }
                 }
-                Answer::Owed(queue, lease) => {
+                Answer::Owed(op) => {
                     if matches!(outcome, Err(error) if error.code == Code::ShardDown) {
-                        self.owe(queue, lease);
+                        self.owe(op);
                     }
                 }
                 Answer::Nobody => {}
@@ -939,9 +952,9 @@ impl Line {
     }
 
     /// Keeps a release for when the shard is back.
-    fn owe(&mut self, queue: Name, lease: Lease) {
+    fn owe(&mut self, op: Op) {
         if self.owed.len() < OWED_MAX {
-            self.owed.push_back(release(queue, lease));
+            self.owed.push_back(owed(op, 0));
         }
     }
 
@@ -1043,7 +1056,7 @@ impl Line {
             match parcel.answer {
                 Answer::Session(reply) | Answer::Again(reply) => reply.send(Err(error.clone())),
                 Answer::Leasing(reply) => reply.send(Err(error.clone())),
-                Answer::Owed(queue, lease) => self.owe(queue, lease),
+                Answer::Owed(op) => self.owe(op),
                 Answer::Ticket(_) | Answer::Nobody => {}
             }
         }

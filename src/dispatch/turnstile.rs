@@ -17,6 +17,7 @@ use foldhash::fast::RandomState;
 use rand::Rng;
 use tokio::sync::{Mutex, Notify};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 use super::lane::Lane;
 use crate::clock::Millis;
@@ -133,6 +134,11 @@ impl Claim {
         self.kind == kind && self.name == *name
     }
 
+    /// Whether what kept a bound one has ended: the shard said that the token holds nothing.
+    pub fn is_over(&self) -> bool {
+        self.renewal.as_ref().is_some_and(AbortHandle::is_finished)
+    }
+
     /// Whether its connection keeps it.
     pub fn is_bound(&self) -> bool {
         self.bind
@@ -170,52 +176,67 @@ impl Drop for Claim {
         }
         if self.stands {
             // Under the same session, so that it stands behind the request that it undoes.
-            drop(self.lane.submit(self.op(Deed::Release { token: self.token }), self.session));
+            self.lane.give_back(self.op(Deed::Release { token: self.token }), self.session);
         }
     }
 }
 
-/// Asks for an object and waits for it as long as the client does; its fence and the claim to it.
-pub async fn acquire(lane: Arc<Lane>, wanted: Wanted, session: u64) -> Result<Option<(u64, Claim)>> {
-    let mut claim = Claim {
-        session,
-        kind: wanted.kind,
-        name: wanted.name.clone(),
-        token: rand::rng().random_range(0..TOKEN_MAX),
-        bind: wanted.bind,
-        stands: false,
-        renewal: None,
-        lane,
-    };
-    let fence = match wanted.wait_ms {
-        0 => match claim.ask(&wanted, false).await? {
-            Outcome::Granted { fence } => fence,
-            _ => return Ok(None),
-        },
-        wait_ms => {
-            let mut failure = None;
-            let waiting = wait(&mut claim, &wanted, &mut failure);
-            match tokio::time::timeout(Duration::from_millis(wait_ms), waiting).await {
-                Ok(granted) => granted?,
+/// Where the object has its home now, and the version of the shard map in which locks moved last; an error while it must not
+/// be granted there.
+pub type Home = Box<dyn Fn() -> Result<(Arc<Lane>, u64)> + Send + Sync>;
+
+/// Asks for an object and waits for it as long as the client does, also over a change of its home; its fence and the claim to
+/// it.
+pub async fn acquire(home: Home, mut wanted: Wanted, session: u64) -> Result<Option<(u64, Claim)>> {
+    let ends = Instant::now() + Duration::from_millis(wanted.wait_ms);
+    let mut failure = None;
+    loop {
+        let lane;
+        (lane, wanted.moved_in) = home()?;
+        let mut claim = Claim {
+            session,
+            kind: wanted.kind,
+            name: wanted.name.clone(),
+            token: rand::rng().random_range(0..TOKEN_MAX),
+            bind: wanted.bind,
+            stands: false,
+            renewal: None,
+            lane,
+        };
+        let fence = match wanted.wait_ms {
+            0 => match claim.ask(&wanted, false).await? {
+                Outcome::Granted { fence } => fence,
+                _ => return Ok(None),
+            },
+            _ => match tokio::time::timeout_at(ends, wait(&mut claim, &wanted, &home, &mut failure)).await {
+                Ok(Ok(Some(fence))) => fence,
+                Ok(Ok(None)) => continue,
+                Ok(Err(error)) => return Err(error),
                 Err(_) => return failure.map_or(Ok(None), Err),
-            }
+            },
+        };
+        if claim.bind {
+            let renewing = renew(claim.lane.clone(), wanted, claim.token);
+            claim.renewal = Some(tokio::spawn(renewing).abort_handle());
         }
-    };
-    if claim.bind {
-        let renewing = renew(claim.lane.clone(), wanted, claim.token);
-        claim.renewal = Some(tokio::spawn(renewing).abort_handle());
+        return Ok(Some((fence, claim)));
     }
-    Ok(Some((fence, claim)))
 }
 
-/// Stands in line until the object is granted. A shard that does not answer is asked again; why it did not is noted.
-async fn wait(claim: &mut Claim, wanted: &Wanted, failure: &mut Option<Error>) -> Result<u64> {
+/// Stands in line until the object is granted; `None` when its home is another meanwhile. A shard that does not answer is asked
+/// again; why it did not is noted.
+async fn wait(claim: &mut Claim, wanted: &Wanted, home: &Home, failure: &mut Option<Error>) -> Result<Option<u64>> {
     let lane = claim.lane.clone();
     let place = Place::take(&lane.lines, wanted.kind, &wanted.name);
     let _turn = place.line.turn.lock().await;
     loop {
-        let rest_ms = match claim.ask(wanted, true).await {
-            Ok(Outcome::Granted { fence }) => return Ok(fence),
+        let asked = match home() {
+            Ok((now, _)) if !Arc::ptr_eq(&now, &lane) => return Ok(None),
+            Ok(_) => claim.ask(wanted, true).await,
+            Err(error) => Err(error),
+        };
+        let rest_ms = match asked {
+            Ok(Outcome::Granted { fence }) => return Ok(Some(fence)),
             Ok(Outcome::NotFree { free_in }) => {
                 *failure = None;
                 (free_in + 1).min(random_ms(POLL_MS))
