@@ -64,6 +64,8 @@ const BACKOFF_MIN: Duration = Duration::from_secs(1);
 const BACKOFF_MAX: Duration = Duration::from_secs(300);
 /// Messages of one channel whose marks a shard has yet to take.
 const OWED_MAX: usize = 100;
+/// Most notes that wait to be removed.
+const STALE_MAX: usize = 1_000;
 /// How long deaths that no rule wants are kept for a proxy whose rules are newer.
 const UNWANTED_MS: u64 = 600_000;
 /// What is kept of a failure's text.
@@ -140,6 +142,8 @@ struct Teller {
     down_since: HashMap<Arc<str>, Instant>,
     /// Shards whose notes were read since we lead.
     loaded: HashSet<Arc<str>>,
+    /// Notes that have yet to be removed, and where.
+    stale: Vec<(Arc<str>, String)>,
     channels: Vec<Channel>,
     paces: Vec<Pace>,
     watch: Watch,
@@ -275,6 +279,7 @@ impl Teller {
             led_at: Instant::now(),
             down_since: HashMap::new(),
             loaded: HashSet::new(),
+            stale: Vec::new(),
             channels: Vec::new(),
             sends: JoinSet::new(),
         }
@@ -315,6 +320,7 @@ impl Teller {
         self.is_leading = true;
         self.metrics.alerts_leading.set(1);
         self.loaded.clear();
+        self.stale.clear();
         self.watch = Watch::new(self.alerts.rules.len());
         let alerts = self.alerts.clone();
         let channel = |rule: usize, sink: usize| Channel {
@@ -424,6 +430,16 @@ impl Teller {
         true
     }
 
+    /// Removes a note, now or as soon as its shard can be reached: left there, whoever leads next would send it again.
+    async fn remove_note(&mut self, shard: Option<&Arc<str>>, name: &str) {
+        if !self.keep_note(shard, name, None).await
+            && self.stale.len() < STALE_MAX
+            && let Some(shard) = shard
+        {
+            self.stale.push((shard.clone(), name.to_owned()));
+        }
+    }
+
     /// Writes or removes a note; whether it is done.
     async fn keep_note(&self, shard: Option<&Arc<str>>, name: &str, text: Option<Bytes>) -> bool {
         let Some(lane) = shard.and_then(|shard| self.dispatcher.map().lane(shard).cloned()) else { return false };
@@ -518,7 +534,7 @@ impl Teller {
                 channel.note.last_error = why;
                 if !maybe_taken && let Some(flight) = channel.flights.pop_front() {
                     let name = flight_name(&channel.name);
-                    self.keep_note(flight.home.as_ref(), &name, None).await;
+                    self.remove_note(flight.home.as_ref(), &name).await;
                 }
             }
         }
@@ -527,6 +543,9 @@ impl Teller {
 
     /// Marks what was told, and forgets messages that are marked everywhere.
     async fn pay(&mut self, lanes: &[Arc<Lane>]) {
+        for (shard, name) in std::mem::take(&mut self.stale) {
+            self.remove_note(Some(&shard), &name).await;
+        }
         for number in 0..self.channels.len() {
             let mut owed = std::mem::take(&mut self.channels[number].owed);
             let name = self.channels[number].name.clone();
@@ -536,15 +555,21 @@ impl Teller {
                 let (first, note) = (flight_name(&name), owed_name(&name, &flight.message));
                 if flight.message.parts.is_empty() {
                     let note = if flight.is_noted_as_accepted { note } else { first };
-                    self.keep_note(flight.home.as_ref(), &note, None).await;
+                    self.remove_note(flight.home.as_ref(), &note).await;
                     continue;
                 }
                 if !flight.is_noted_as_accepted {
                     let text = serde_json::to_vec(&FlightNote { message: flight.message.clone(), accepted: true });
-                    flight.is_noted_as_accepted =
-                        self.keep_note(flight.home.as_ref(), &note, text.ok().map(Bytes::from)).await;
+                    let text = text.ok().map(Bytes::from);
+                    let (was, now) = (flight.home.clone(), self.home_name());
+                    // Where its own home is gone, the present one has to do.
+                    for home in [was.clone(), now] {
+                        if !flight.is_noted_as_accepted && self.keep_note(home.as_ref(), &note, text.clone()).await {
+                            (flight.is_noted_as_accepted, flight.home) = (true, home);
+                        }
+                    }
                     if flight.is_noted_as_accepted {
-                        self.keep_note(flight.home.as_ref(), &first, None).await;
+                        self.remove_note(was.as_ref(), &first).await;
                     }
                 }
                 kept.push(flight);
@@ -552,7 +577,7 @@ impl Teller {
             if kept.len() > OWED_MAX {
                 // What is given up here is told again when its shard is back.
                 let flight = kept.remove(0);
-                self.keep_note(flight.home.as_ref(), &owed_name(&name, &flight.message), None).await;
+                self.remove_note(flight.home.as_ref(), &owed_name(&name, &flight.message)).await;
             }
             self.channels[number].owed = kept;
         }
@@ -596,6 +621,10 @@ impl Teller {
             let name = flight_name(&self.channels[number].name);
             let text = serde_json::to_vec(&note).ok().map(Bytes::from);
             let is_noted = self.keep_note(home.as_ref(), &name, text).await;
+            if is_noted {
+                // In the place of one that was to be removed.
+                self.stale.retain(|(shard, stale)| home.as_ref() != Some(shard) || *stale != name);
+            }
             // That a shard is down must be said even where no shard is left to write it down on.
             if !is_noted && !note.message.parts.is_empty() {
                 return;

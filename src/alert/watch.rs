@@ -160,7 +160,9 @@ impl Watch {
                 consider(format!("age {queue}"), Some(figures.oldest_ms as f64), limit as f64, &text);
             }
             if let Some(limit) = rule.failure_rate {
-                let rate = self.rate(queue, figures, now, Duration::from_millis(rule.window_ms));
+                // Part of a sum says nothing beside a whole one of before.
+                let window = Duration::from_millis(rule.window_ms);
+                let rate = if is_whole { self.rate(queue, figures, now, window) } else { None };
                 let text = || {
                     let (rate, limit) = (rate.unwrap_or(0.0) * 100.0, limit * 100.0);
                     format!("{rate:.0} % of the deliveries of {queue} fail, more than {limit:.0} %")

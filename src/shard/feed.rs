@@ -158,8 +158,10 @@ impl Ear {
     /// What a shard in this process does after each commit.
     pub fn tell_local(&self, recorded: Vec<Recorded>) {
         for Recorded { queue, born, told, is_death } in recorded {
-            if self.wishes.wants(Topic::Events, &queue) || is_death && self.wishes.wants(Topic::Deaths, &queue) {
+            if self.wishes.wants(Topic::Events, &queue) {
                 self.tell(queue, born, told, Topic::Events);
+            } else if is_death && self.wishes.wants(Topic::Deaths, &queue) {
+                self.tell(queue, born, told, Topic::Deaths);
             }
         }
     }
