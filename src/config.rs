@@ -564,6 +564,14 @@ impl ShardUrl {
         }
     }
 
+    /// The same place, entered as at the other.
+    pub fn with_login_of(mut self, other: &ShardUrl) -> ShardUrl {
+        if let (Some(own), Some(login)) = (self.login_mut(), other.login()) {
+            *own = login.clone();
+        }
+        self
+    }
+
     /// How many shards it stands for.
     pub fn partitions(&self) -> u16 {
         match self {

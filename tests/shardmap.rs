@@ -503,6 +503,55 @@ fn a_shard_is_added_one_is_emptied_and_removed_under_load_with_a_proxy_killed_me
 }
 
 #[test]
+fn what_was_on_its_way_arrives_although_its_shard_is_told_to_stay() {
+    let mut fleet = Fleet::start_plain(2, 1, &[]);
+    fleet.expect_failures();
+    let mut wire = fleet.proxies[0].wire();
+    let ids: HashSet<String> = (0..40).map(|_| wire.say("GOFLOW.ENQUEUE main x SHARD s0").text()).collect();
+    fleet.shards[1].stop();
+    ok(&mut wire, "GOFLOW.SHARD MOVE s0");
+    let mut shard = fleet.shards[0].wire();
+    eventually!("a batch is on its way", (shard.say("EXISTS goflow:{main}:moving") == Value::Integer(1)).then_some(()));
+    fleet.shards[1].cont();
+    ok(&mut wire, "GOFLOW.SHARD UNDRAIN s0");
+    eventually!("nothing is on its way", (shard.say("EXISTS goflow:{main}:moving") == Value::Integer(0)).then_some(()));
+    let mut taken = HashSet::new();
+    while taken.len() < ids.len() {
+        let job = wire.say("GOFLOW.DEQUEUE main BLOCK 60000");
+        assert!(taken.insert(job.field("id").text()), "{job:?} came twice");
+    }
+    assert_eq!(taken, ids);
+}
+
+#[test]
+fn a_configuration_leaves_out_no_shard_that_holds_jobs() {
+    let dir = crate::support::scratch();
+    let shards: Vec<Server> = (0..2).map(|_| Server::start(Flavour::Redis7, &[])).collect();
+    let path = dir.path().join("goflow.toml");
+    let write = |version: u32, named: &[usize]| {
+        let shard = |at: &usize| format!("[[shard]]\nname = \"s{at}\"\nurl = \"{}\"\n", shards[*at].url());
+        let shards: String = named.iter().map(shard).collect();
+        std::fs::write(&path, format!("map_version = {version}\n{shards}")).unwrap();
+    };
+    write(1, &[0, 1]);
+    let mut proxy = Goflow::start(&["--config", path.to_str().unwrap()]);
+    proxy.expect_log("waits");
+    let mut wire = proxy.wire();
+    let id = wire.say("GOFLOW.ENQUEUE main x SHARD s1").text();
+    write(2, &[0]);
+    let reply = wire.say("GOFLOW.RELOAD");
+    let why = reply.field("map_waits").text();
+    assert!(why.contains("s1 holds 1 jobs"), "{why}");
+    assert_eq!(wire.say("GOFLOW.DEQUEUE main").field("id").text(), id, "it is served yet");
+    let receipt = wire.call(&["GOFLOW.CANCEL", "main", &id]);
+    assert!(!matches!(receipt, Value::Error(_)), "{receipt:?}");
+    eventually!("the shard leaves when it is empty", (version(&proxy) == 2).then_some(()));
+    write(3, &[0, 1]);
+    let why = wire.say("GOFLOW.RELOAD").field("map_waits").text();
+    assert!(why.contains("was removed before"), "{why}");
+}
+
+#[test]
 fn the_configuration_is_reread_by_order_and_by_signal() {
     let dir = crate::support::scratch();
     let shards: Vec<Server> = (0..2).map(|_| Server::start(Flavour::Redis7, &[])).collect();

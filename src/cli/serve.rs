@@ -73,6 +73,11 @@ impl Open for Opener {
         let name = &member.name;
         let failed = |why: &dyn std::fmt::Display| Error::bad(format!("shard {name}: {why}"));
         let url = match config.shard.iter().find(|shard| shard.name == *name) {
+            // The map says how many partitions there are.
+            Some(shard) if shard.url.partitions() != member.partitions && !member.url.is_empty() => {
+                let url = ShardUrl::parse(&member.url).map_err(|why| failed(&why))?;
+                url.with_login_of(&shard.url)
+            }
             Some(shard) => shard.url.clone(),
             None if member.url.is_empty() => {
                 let version = "the shard map names it, and neither the map nor this configuration says where it is";
@@ -145,7 +150,7 @@ fn setup(
     let opener = Arc::new(Opener::new(config));
     let reread = {
         let opener = opener.clone();
-        Box::new(move || {
+        Box::new(move |served: u64| {
             let fresh = match super::parse() {
                 Ok(Command::Serve(config)) => *config,
                 Ok(_) => return Err("the process was not started to serve".into()),
@@ -154,11 +159,11 @@ fn setup(
             let mut known = opener.config.lock().unwrap_or_else(PoisonError::into_inner);
             let (changed, waiting) = differences(&known, &fresh);
             let is_other = layout(&known).places() != layout(&fresh).places();
-            if is_other && fresh.map_version <= known.map_version {
-                return Err(format!("the shards are other ones: raise map_version above {}", known.map_version));
+            if is_other && fresh.map_version <= served {
+                return Err(format!("the shards are other ones: raise map_version above {served}"));
             }
             set_log(&fresh.log.level)?;
-            let layout = (fresh.map_version > known.map_version).then(|| layout(&fresh));
+            let layout = (fresh.map_version > served).then(|| layout(&fresh));
             *known = fresh.clone();
             let (strategy, rules) = (fresh.strategy, fresh.rules());
             Ok(Fresh { settings: settings(&fresh), strategy, rules, layout, changed, waiting })
@@ -198,7 +203,7 @@ fn settings(config: &Config) -> Settings {
 }
 
 /// Settings, or the sections before a dot, that only a start takes.
-const AT_START: [&str; 12] = [
+const AT_START: [&str; 13] = [
     "listen",
     "http",
     "threads",
@@ -206,7 +211,8 @@ const AT_START: [&str; 12] = [
     "log.format",
     "timeouts.",
     "forward.",
-    "worker.",
+    "worker.keep_ms",
+    "worker.grace_ms",
     "limits.output_bytes_max",
     "webhook",
     "sink",
@@ -224,13 +230,24 @@ fn differences(known: &Config, fresh: &Config) -> (Vec<String>, Vec<String>) {
         ("webhook", known.webhook != fresh.webhook),
         ("sink", known.sink != fresh.sink),
         ("alert", known.alert != fresh.alert),
-        ("shard", layout(known) != layout(fresh)),
+        ("shard", layout(known) != layout(fresh) || moves_a_shard(known, fresh)),
     ];
     changed.extend(lists.iter().filter(|(_, differs)| *differs).map(|(name, _)| (*name).to_owned()));
     changed.sort();
     let waits = |name: &&String| {
         AT_START.iter().any(|setting| *setting == **name || setting.ends_with('.') && name.starts_with(setting))
     };
-    let waiting = changed.iter().filter(waits).cloned().collect();
+    let mut waiting: Vec<String> = changed.iter().filter(waits).cloned().collect();
+    if moves_a_shard(known, fresh) {
+        waiting.push("shard".into());
+    }
     (changed, waiting)
+}
+
+/// Whether a shard is to be reached at another place or under another login: its connections are made at the start.
+fn moves_a_shard(known: &Config, fresh: &Config) -> bool {
+    known.shard.iter().any(|shard| {
+        let now = fresh.shard.iter().find(|other| other.name == shard.name);
+        now.is_some_and(|now| now.url.with_login() != shard.url.with_login())
+    })
 }

@@ -109,7 +109,7 @@ pub static ROWS: &[Spec] = &[
         name: "GOFLOW.SHARDS",
         summary: "Shows the shards and how they are.",
         flags: &[Flag::ReadOnly],
-        reply: "A map from each shard's name to a map: `name`, `state` (`up`, `down`, `draining` or `leaving`), `weight`, `depth`, \
+        reply: "A map from each shard's name to a map: `name`, `state` (`up`, `down`, `draining`, `leaving` or `closing`), `weight`, `depth`, \
                 latency, errors, `map_version` and more.",
         examples: "\
 > GOFLOW.SHARDS

@@ -25,8 +25,8 @@ pub static ROWS: &[Spec] = &[
     Spec {
         name: "GOFLOW.RELOAD",
         summary: "Reads the configuration anew: the file, the environment and the flags that the process was started with.",
-        reply: "A map: `changed`, the settings that are other ones now, and `restart`, those of them that only a restart takes.",
-        notes: "`SIGHUP` does the same. What is wrong with the configuration is the error, and then nothing is changed. Shards that are new or gone are taken as a change of the shard map, under the `map_version` of the configuration, which must be higher than the present one.",
+        reply: "A map: `changed`, the settings that are other ones now, and `restart`, those of them that only a restart takes; `map_waits`, where the configuration's shard map cannot be the next one yet, says why.",
+        notes: "`SIGHUP` does the same. What is wrong with the configuration is the error, and then nothing is changed. Shards that are new or gone are taken as a change of the shard map, under the `map_version` of the configuration, which must be higher than the present one. A shard that holds jobs is not left out: that waits until they were moved. One that does not answer is given up.",
         examples: "\
 > GOFLOW.RELOAD
 1# \"changed\" => (empty array)

@@ -15,8 +15,9 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::sync::Mutex;
 
+use super::census::{self, Census};
 use super::layout::{Layout, Member};
-use super::{Dispatcher, ShardEntry, no_shard};
+use super::{Dispatcher, ShardEntry, ShardMap, no_shard};
 use crate::error::{Code, Error, Happened, Result};
 use crate::shard::{Shard, Stamp};
 
@@ -155,6 +156,7 @@ impl Keeper {
     /// Has the configuration's newer map decided, if there is one.
     pub async fn propose(&self) -> Result<()> {
         let Some(proposal) = self.proposal().clone() else { return Ok(()) };
+        self.may_leave_out(&proposal).await?;
         let proposed = self
             .change(|layout| match proposal.version > layout.version {
                 true => proposal.clone().succeed(layout).map(Some),
@@ -166,6 +168,28 @@ impl Keeper {
             self.proposal().take_if(|known| known.version == proposal.version);
         }
         proposed.map(drop)
+    }
+
+    /// An error says what would go with shards that a newer map leaves out. One that does not answer is given up by it.
+    async fn may_leave_out(&self, proposal: &Layout) -> Result<()> {
+        let map = self.dispatcher.map();
+        if proposal.version <= map.version() {
+            return Ok(());
+        }
+        for member in map.layout.members.iter().filter(|member| proposal.member(&member.name).is_none()) {
+            let mut found = Census::default();
+            for lane in member.shards().filter_map(|name| map.lane(&name).cloned()) {
+                match within(lane.name(), census::take(&lane)).await {
+                    Ok(census) => found += census,
+                    Err(error) if error.code == Code::ShardDown => {
+                        tracing::warn!(shard = %lane.name(), %error, "the newer map of the configuration gives up a shard that does not answer");
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            found.none(&member.name)?;
+        }
+        Ok(())
     }
 
     /// Reads what the shards bear and goes by the newest.
@@ -194,6 +218,7 @@ impl Keeper {
                 opened.extend(self.open.open(member)?);
             }
         }
+        has_all(&map, &layout, &opened)?;
         tracing::info!(version = layout.version, map = layout.line(), "shard map changed");
         self.dispatcher.change_map(layout, opened).into_iter().for_each(|lane| (self.on_lane)(lane));
         Ok(())
@@ -257,6 +282,7 @@ impl Keeper {
                 fresh.push(entry);
             }
         }
+        has_all(&map, layout, &fresh)?;
         Ok(fresh)
     }
 
@@ -269,6 +295,15 @@ impl Keeper {
     pub fn shards_of(&self, name: &str) -> Result<Vec<String>> {
         let map = self.dispatcher.map();
         map.layout.member(name).map(|member| member.shards().collect()).ok_or_else(|| no_shard(name))
+    }
+}
+
+/// Whether each shard of a layout has a lane or is opened for one.
+fn has_all(map: &ShardMap, layout: &Layout, opened: &[ShardEntry]) -> Result<()> {
+    let is_there = |name: &String| map.lane(name).is_some() || opened.iter().any(|entry| *entry.name == **name);
+    match layout.members.iter().flat_map(Member::shards).find(|name| !is_there(name)) {
+        Some(name) => Err(Error::bad(format!("this configuration opens no shard '{name}', which the map has"))),
+        None => Ok(()),
     }
 }
 

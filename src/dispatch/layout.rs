@@ -223,12 +223,24 @@ impl Layout {
         Ok(())
     }
 
-    /// This map, from a configuration that is newer than `stored`, as its successor.
+    /// This map, from a configuration that is newer than `stored`, as its successor. Whether what it leaves out may go is for
+    /// others to say.
     pub fn succeed(mut self, stored: &Layout) -> Result<Layout> {
         for member in &mut self.members {
-            if let Some(known) = stored.member(&member.name) {
-                member.standing = known.standing;
+            match stored.member(&member.name) {
+                Some(known) if known.partitions != member.partitions => {
+                    return Err(Error::bad(format!(
+                        "cluster {} has {} partitions, and the configuration says {}: their number is for ever",
+                        member.name, known.partitions, member.partitions
+                    )));
+                }
+                Some(known) => member.standing = known.standing,
+                None if stored.left.contains(&member.name) => return Err(removed_before(&member.name)),
+                None => {}
             }
+        }
+        if !self.members.iter().any(|member| member.standing == Standing::Open) {
+            return Err(Error::bad("no shard of the configuration takes new jobs; undrain or add one first"));
         }
         self.left = stored.left.clone();
         let removed = stored.members.iter().filter(|member| self.member(&member.name).is_none());
@@ -295,8 +307,7 @@ impl Layout {
             return Err(Error::bad(format!("shard '{}' has this URL already", known.name)));
         }
         if self.left.contains(&member.name) {
-            // Ids, receipts and the numbers of what travelled still name the one that was there.
-            return Err(Error::bad(format!("a shard '{}' was removed before: expected another name", member.name)));
+            return Err(removed_before(&member.name));
         }
         let mut layout = self.clone();
         layout.members.push(member);
@@ -317,6 +328,11 @@ impl Layout {
         layout.former.clear();
         Ok((!self.former.is_empty()).then_some(layout))
     }
+}
+
+/// Ids, receipts and the marks of what travelled still name the one that was there.
+fn removed_before(name: &str) -> Error {
+    Error::bad(format!("a shard '{name}' was removed before: expected another name"))
 }
 
 fn parse_places(text: &str) -> Option<Homes> {

@@ -4,6 +4,7 @@
 //! new job, all lanes. It holds no truth (law 6): everything here can be rebuilt from the configuration and the shards.
 
 pub mod bound;
+pub mod census;
 pub mod feed;
 pub mod keeper;
 pub mod lane;
@@ -109,6 +110,20 @@ impl ShardMap {
     /// The place of a lane in the map; its number says nothing of that.
     pub fn place_of(&self, lane: &Lane) -> Option<usize> {
         self.lanes.iter().position(|known| known.name() == lane.name())
+    }
+
+    /// The shards that leave or once were told to: no others have batches on their way to other shards.
+    pub fn lanes_with_batches(&self) -> impl Iterator<Item = &Arc<Lane>> {
+        let has_left = |name: &str| {
+            let of_member = |member: &layout::Member| member.shards().any(|shard| shard == name);
+            let member = self.layout.members.iter().find(|member| of_member(member));
+            member.is_some_and(|member| self.layout.left.contains(&member.name))
+        };
+        self.lanes.iter().filter(move |lane| has_left(lane.name()))
+    }
+
+    fn standing_of(&self, lane: &Lane) -> Option<Standing> {
+        self.place_of(lane).map(|place| self.standings[place])
     }
 
     /// The home of a group of jobs: like that of a lock it stays where it is when shards are added.

@@ -18,7 +18,7 @@ use dashmap::DashMap;
 use super::lane::Lane;
 use super::layout::Standing;
 use super::router::Ring;
-use super::{Dispatcher, ShardMap};
+use super::{Dispatcher, ShardMap, census};
 use crate::error::{Error, Happened, Result};
 use crate::job::{JobState, JobView, Name, Policy, Spec, format_id, group_home};
 use crate::shard::{Action, Departure, Op, Outcome, TravelMark};
@@ -49,17 +49,30 @@ pub type Journal = DashMap<Arc<str>, Progress>;
 /// Moves what there is to move, until the process ends; `holder` names this process.
 pub async fn run(dispatcher: Arc<Dispatcher>, holder: Arc<str>) {
     let mut changes = dispatcher.changes();
+    // The map under which no batch is left on shards that were told to stay.
+    let mut settled = None;
     loop {
         let map = dispatcher.map();
-        let leaving: Vec<&Arc<Lane>> =
-            map.lanes.iter().enumerate().filter(|(at, _)| map.standing(*at).leaves()).map(|(_, l)| l).collect();
+        let (leaving, staying): (Vec<_>, Vec<_>) =
+            map.lanes_with_batches().partition(|lane| map.standing_of(lane).is_some_and(Standing::leaves));
         dispatcher.journal.retain(|name, _| leaving.iter().any(|lane| lane.name() == name));
+        let mover = Mover { dispatcher: &dispatcher, map: &map, holder: &holder };
         for lane in &leaving {
-            if let Err(error) = empty(lane, &map, &dispatcher.journal, &holder).await {
+            if let Err(error) = mover.empty(lane).await {
                 tracing::info!(shard = %lane.name(), %error, "moving its jobs rests");
             }
         }
-        match leaving.is_empty() {
+        if settled != Some(map.version()) {
+            let mut is_settled = true;
+            for lane in staying {
+                is_settled &= mover.finish(lane).await.unwrap_or_else(|error| {
+                    tracing::info!(shard = %lane.name(), %error, "what was on its way from it waits");
+                    false
+                });
+            }
+            settled = is_settled.then_some(map.version());
+        }
+        match leaving.is_empty() && settled == Some(dispatcher.version()) {
             true => drop(changes.changed().await),
             false => tokio::time::sleep(PAUSE).await,
         }
@@ -72,77 +85,130 @@ async fn ask(lane: &Lane, queue: &Name, action: Action) -> Result<Outcome> {
     asked.await.unwrap_or_else(|_| Err(Error::shard_down(lane.name(), "was removed", Happened::Maybe)))
 }
 
-/// One look at all queues of a shard. A queue that cannot be moved now does not keep the others.
-async fn empty(lane: &Lane, map: &ShardMap, journal: &Journal, holder: &str) -> Result<()> {
-    let (mut left, mut failure) = (0, None);
-    for queue in lane.shard().queues().await? {
-        match empty_queue(lane, map, journal, holder, &queue).await {
-            Ok(true) => {}
-            Ok(false) => {
-                journal.remove(lane.name());
-                return Ok(());
-            }
-            Err(error) => failure = Some(error),
-        }
-        if let Outcome::Stats(stats) = ask(lane, &queue, Action::Stats).await? {
-            left += stats.ready + stats.scheduled + stats.leased + stats.dead;
-        }
-    }
-    journal.entry(lane.name().clone()).or_default().left = left;
-    failure.map_or(Ok(()), Err)
+/// One pass, by one map.
+struct Mover<'a> {
+    dispatcher: &'a Dispatcher,
+    map: &'a ShardMap,
+    holder: &'a str,
 }
 
-/// Moves the jobs of one queue; false when somebody else has the role.
-async fn empty_queue(lane: &Lane, map: &ShardMap, journal: &Journal, holder: &str, queue: &Name) -> Result<bool> {
-    for state in STATES {
-        loop {
-            if !lane.shard().lead(ROLE, holder, LEAD_MS).await? {
+/// What became of a look for a batch.
+enum Step {
+    Moved(u64),
+    Nothing,
+    /// Another proxy has the role, or the map is another.
+    NotOurs,
+}
+
+impl Mover<'_> {
+    /// One look at all queues of a shard. A queue that cannot be moved now does not keep the others.
+    async fn empty(&self, lane: &Lane) -> Result<()> {
+        let journal = &self.dispatcher.journal;
+        let (mut left, mut failure) = (0, None);
+        for queue in lane.shard().queues().await? {
+            match self.empty_queue(lane, &queue).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    journal.remove(lane.name());
+                    return Ok(());
+                }
+                Err(error) => failure = Some(error),
+            }
+            if let Outcome::Stats(stats) = ask(lane, &queue, Action::Stats).await? {
+                left += stats.ready + stats.scheduled + stats.leased + stats.dead;
+            }
+        }
+        journal.entry(lane.name().clone()).or_default().left = left;
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// Moves the jobs of one queue; false when that is not for us any more.
+    async fn empty_queue(&self, lane: &Lane, queue: &Name) -> Result<bool> {
+        for state in STATES {
+            loop {
+                match self.step(lane, queue, state, BATCH_JOBS_MAX).await? {
+                    Step::Moved(count) => {
+                        self.dispatcher.journal.entry(lane.name().clone()).or_default().moved += count;
+                    }
+                    Step::Nothing => break,
+                    Step::NotOurs => return Ok(false),
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Brings to its end what a shard began to move before it was told to stay; false when that is not for us.
+    async fn finish(&self, lane: &Lane) -> Result<bool> {
+        for (queue, _) in census::routes(lane).await? {
+            if let Step::NotOurs = self.step(lane, &queue, JobState::Ready, 0).await? {
                 return Ok(false);
             }
-            let action = Action::Depart { state, count: BATCH_JOBS_MAX, route: route(map).into() };
-            let departure = match ask(lane, queue, action).await? {
-                Outcome::Departing(departure) => departure,
-                other => return Err(Error::bad(format!("the shard answered a departure with {other:?}"))),
-            };
-            let Departure { mark, route, jobs } = departure;
-            if jobs.is_empty() {
-                break;
-            }
-            let count = jobs.len() as u64;
-            deliver(lane, map, queue, mark, &route, jobs).await?;
-            ask(lane, queue, Action::Departed { mark }).await?;
-            journal.entry(lane.name().clone()).or_default().moved += count;
         }
+        Ok(true)
     }
-    Ok(true)
-}
 
-/// Adds a batch where its route says.
-async fn deliver(
-    lane: &Lane,
-    map: &ShardMap,
-    queue: &Name,
-    mark: TravelMark,
-    route: &Bytes,
-    jobs: Vec<JobView>,
-) -> Result<()> {
-    let route = Route::parse(route).ok_or_else(|| Error::bad("the route of a batch cannot be read"))?;
-    let mut parts: Vec<(&str, Vec<JobView>)> = Vec::new();
-    for job in jobs {
-        let target = route.target(queue, &job);
-        let job = with_id(job, lane.name());
-        match parts.iter_mut().find(|(name, _)| *name == target) {
-            Some((_, part)) => part.push(job),
-            None => parts.push((target, vec![job])),
+    /// Moves one batch: the one that is on its way, or else a new one of up to so many jobs.
+    async fn step(&self, lane: &Lane, queue: &Name, state: JobState, most: u64) -> Result<Step> {
+        let is_newest = self.dispatcher.version() == self.map.version();
+        if !is_newest || !lane.shard().lead(ROLE, self.holder, LEAD_MS).await? {
+            return Ok(Step::NotOurs);
         }
+        let route = route(self.map);
+        // Before a job is taken out of its line for it.
+        Route::parse(route.as_bytes()).ok_or_else(|| Error::bad("no shard takes new jobs"))?;
+        let departure = match ask(lane, queue, Action::Depart { state, count: most, route: route.into() }).await? {
+            Outcome::Departing(departure) => departure,
+            other => return Err(Error::bad(format!("the shard answered a departure with {other:?}"))),
+        };
+        let Departure { mark, route, jobs } = departure;
+        if jobs.is_empty() {
+            return Ok(Step::Nothing);
+        }
+        let count = jobs.len() as u64;
+        self.deliver(lane, queue, mark, &route, jobs).await?;
+        ask(lane, queue, Action::Departed { mark }).await?;
+        Ok(Step::Moved(count))
     }
-    for (target, jobs) in parts {
-        let target = map.lane(target).ok_or_else(|| super::no_shard(target))?;
-        let source = Bytes::copy_from_slice(lane.name().as_bytes());
-        let action = Action::Arrive { source, mark, jobs: Arc::new(jobs) };
-        ask(target, queue, action).await?;
+
+    /// Adds a batch where its route says.
+    async fn deliver(
+        &self,
+        lane: &Lane,
+        queue: &Name,
+        mark: TravelMark,
+        route: &Bytes,
+        jobs: Vec<JobView>,
+    ) -> Result<()> {
+        let route = Route::parse(route).ok_or_else(|| Error::bad("the route of a batch cannot be read"))?;
+        let mut parts: Vec<(&str, Vec<JobView>)> = Vec::new();
+        for job in jobs {
+            let target = route.target(queue, &job);
+            let job = with_id(job, lane.name());
+            match parts.iter_mut().find(|(name, _)| *name == target) {
+                Some((_, part)) => part.push(job),
+                None => parts.push((target, vec![job])),
+            }
+        }
+        for (target, jobs) in parts {
+            let lane_there = self.map.lane(target).ok_or_else(|| super::no_shard(target))?;
+            if self.map.standing_of(lane_there) == Some(Standing::Closing) {
+                return Err(Error::bad(format!("shard {target} is being removed")));
+            }
+            let source = Bytes::copy_from_slice(lane.name().as_bytes());
+            let action = Action::Arrive { source, mark, jobs: Arc::new(jobs) };
+            match ask(lane_there, queue, action).await? {
+                Outcome::Count(_) => {}
+                // Removed from here it would be gone, if it never came there.
+                Outcome::Outdated => {
+                    let why = format!("shard {target} knows a later batch of {} than the one on its way", lane.name());
+                    return Err(Error::bad(why));
+                }
+                other => return Err(Error::bad(format!("the shard answered an arrival with {other:?}"))),
+            }
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The job under the id by which it is known.
@@ -154,6 +220,13 @@ fn with_id(mut job: JobView, shard: &str) -> JobView {
         job.spec = Spec { policy: Arc::new(policy), payload: job.spec.payload };
     }
     job
+}
+
+/// Whether jobs of a batch with this route may go to the shard.
+pub fn leads_to(route: &[u8], shard: &str) -> bool {
+    Route::parse(route).is_some_and(|route| {
+        [&route.homes, &route.open, &route.groups].iter().any(|(names, _)| names.iter().any(|name| name == shard))
+    })
 }
 
 /// Names and weights of the homes, behind a semicolon of the shards that take new jobs, and behind another of the homes of
@@ -246,6 +319,7 @@ mod tests {
         assert!(["c", "d"].contains(&&*to(&job(1, Some("3f~s9")))));
         let heavy = (0..4_000).filter(|seq| to(&job(*seq, None)) == "d").count();
         assert!((2_800..=3_200).contains(&heavy), "{heavy} of 4,000");
+        assert!(leads_to(b"a*1;b*1;c*1", "b") && !leads_to(b"a*1;b*1;c*1", "d"));
         assert!(Route::parse(b"a*1;b*1").is_none() && Route::parse(b"a;b*1;c*1").is_none());
     }
 }

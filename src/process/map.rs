@@ -5,22 +5,17 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
-
 use super::Process;
 use crate::command::MapOrder;
-use crate::dispatch::lane::{CLAIM_LASTS, Lane};
+use crate::dispatch::census::{self, Census};
+use crate::dispatch::lane::CLAIM_LASTS;
 use crate::dispatch::layout::{Layout, Standing};
-use crate::dispatch::limits;
+use crate::dispatch::mover;
 use crate::error::{Error, Result};
-use crate::job::JobState;
 use crate::resp::reply::Reply;
-use crate::shard::{Action, Deed, LimitDeed, Op, Outcome};
 
 /// From the order that a shard leaves to the count of what it holds: what was under way to it has arrived.
 const LEAVE_PAUSE: Duration = Duration::from_millis(3 * CLAIM_LASTS.as_millis() as u64);
-/// Queues that are asked for their counters together.
-const GROUP: usize = 64;
 
 impl Process {
     pub(super) async fn change_map(&self, order: MapOrder) -> Result<Reply> {
@@ -72,67 +67,24 @@ impl Process {
         self.keeper.change(remove).await.map(drop)
     }
 
-    /// How many locks and slots of semaphores are held on a shard.
-    async fn held(&self, lane: &Lane) -> Result<usize> {
-        let mut held = 0;
-        for group in lane.shard().objects().await?.chunks(GROUP) {
-            lane.room().await?;
-            let looks = group.iter().map(|(kind, name)| {
-                let action = Action::Keyed { kind: *kind, deed: Deed::Show };
-                lane.submit(Op { queue: name.clone(), action }, 0)
-            });
-            for outcome in looks.collect::<Vec<_>>() {
-                match outcome.await {
-                    Ok(Ok(Outcome::Holders { holders, .. })) => held += holders.len(),
-                    Ok(Err(error)) => return Err(error),
-                    _ => return Err(Error::bad(format!("shard {} did not say what is held there", lane.name()))),
-                }
-            }
-        }
-        Ok(held)
-    }
-
-    /// An error says how many jobs of the shard are not over, those on their way from it included.
+    /// An error says what would go with the shard. Nothing may be on its way to it either: the batch could go nowhere else.
     async fn must_be_empty(&self, shard: &str) -> Result<()> {
-        let (mut jobs, mut limited) = (0, 0);
-        for name in self.keeper.shards_of(shard)? {
-            let lane = self.dispatcher.lane(&name)?;
-            for group in lane.shard().queues().await?.chunks(GROUP) {
-                lane.room().await?;
-                let looks = group.iter().flat_map(|queue| {
-                    let look = Action::Depart { state: JobState::Ready, count: 0, route: Bytes::new() };
-                    let limits = Action::Limit(LimitDeed::Look);
-                    [Action::Stats, look, limits].map(|action| lane.submit(Op { queue: queue.clone(), action }, 0))
-                });
-                for outcome in looks.collect::<Vec<_>>() {
-                    match outcome.await {
-                        Ok(Ok(Outcome::Stats(stats))) => {
-                            jobs += stats.ready + stats.scheduled + stats.leased + stats.dead;
-                        }
-                        Ok(Ok(Outcome::Departing(departure))) => jobs += departure.jobs.len() as u64,
-                        Ok(Ok(Outcome::Limits(view))) => limited += usize::from(limits::keeps_limits(&view)),
-                        Ok(Err(error)) => return Err(error),
-                        _ => return Err(Error::bad(format!("shard {name} did not say what it holds"))),
-                    }
+        let names = self.keeper.shards_of(shard)?;
+        let mut census = Census::default();
+        for name in &names {
+            census += census::take(&*self.dispatcher.lane(name)?).await?;
+        }
+        census.none(shard)?;
+        for lane in self.dispatcher.map().lanes_with_batches() {
+            for (queue, route) in census::routes(lane).await? {
+                if names.iter().any(|name| mover::leads_to(&route, name)) {
+                    return Err(Error::bad(format!(
+                        "jobs of {queue} are on their way from shard {} to {shard}; nothing was removed",
+                        lane.name()
+                    )));
                 }
             }
         }
-        let mut held = 0;
-        for name in self.keeper.shards_of(shard)? {
-            held += self.held(&*self.dispatcher.lane(&name)?).await?;
-        }
-        match jobs {
-            0 if held > 0 => {
-                Err(Error::bad(format!("shard {shard} has {held} locks or slots that are held; nothing was removed")))
-            }
-            0 if limited > 0 => Err(Error::bad(format!(
-                "shard {shard} keeps the limits of {limited} queues: lift them with 0 and set them again when it is gone; \
-                 nothing was removed"
-            ))),
-            0 => Ok(()),
-            jobs => Err(Error::bad(format!(
-                "shard {shard} holds {jobs} jobs that are not over: MOVE them first; nothing was removed"
-            ))),
-        }
+        Ok(())
     }
 }

@@ -38,7 +38,7 @@ pub struct Fresh {
     pub settings: Settings,
     pub strategy: Strategy,
     pub rules: Rules,
-    /// The shard map of the configuration, where its version is another.
+    /// The shard map of the configuration, where it is newer than the one that is served.
     pub layout: Option<Layout>,
     /// Settings that are other ones now, and those of them that are taken with a restart only.
     pub changed: Vec<String>,
@@ -46,7 +46,8 @@ pub struct Fresh {
 }
 
 /// Reads the configuration anew; an error says why it is not taken.
-pub type Reread = Box<dyn Fn() -> std::result::Result<Fresh, String> + Send + Sync>;
+/// It is told the version of the shard map that is served.
+pub type Reread = Box<dyn Fn(u64) -> std::result::Result<Fresh, String> + Send + Sync>;
 
 impl Process {
     pub fn settings(&self) -> Arc<Settings> {
@@ -58,9 +59,10 @@ impl Process {
         self.settings_version.load(Ordering::Acquire)
     }
 
-    /// Reads the configuration anew and goes by it. One that is wrong changes nothing.
+    /// Reads the configuration anew and goes by it. One that is wrong changes nothing; a shard map that cannot be the next one
+    /// now is proposed again and again.
     pub async fn reload(&self) -> Result<Reply> {
-        let fresh = (self.reread)().map_err(|why| {
+        let fresh = (self.reread)(self.dispatcher.version()).map_err(|why| {
             Error::new(Code::Err, format!("the configuration is not taken, and nothing was changed: {why}"))
         })?;
         let Fresh { settings, strategy, rules, layout, changed, waiting } = fresh;
@@ -69,11 +71,14 @@ impl Process {
         self.dispatcher.set_strategy(strategy);
         self.dispatcher.map().lanes.iter().for_each(|lane| lane.shard().set_rules(rules));
         tracing::info!(changed = changed.join(" "), restart = waiting.join(" "), "configuration reloaded");
+        let names = |names: Vec<String>| Reply::Array(names.into_iter().map(Reply::bulk).collect());
+        let mut reply = vec![(Reply::text("changed"), names(changed)), (Reply::text("restart"), names(waiting))];
         if let Some(layout) = layout {
             self.keeper.set_proposal(layout);
-            self.keeper.propose().await?;
+            if let Err(error) = self.keeper.propose().await {
+                reply.push((Reply::text("map_waits"), Reply::bulk(error.to_string())));
+            }
         }
-        let names = |names: Vec<String>| Reply::Array(names.into_iter().map(Reply::bulk).collect());
-        Ok(Reply::Map(vec![(Reply::text("changed"), names(changed)), (Reply::text("restart"), names(waiting))]))
+        Ok(Reply::Map(reply))
     }
 }

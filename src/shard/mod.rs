@@ -359,7 +359,8 @@ pub enum Action {
     /// Takes up to `count` ready, scheduled or dead jobs out of their order, oldest first, for [`TRAVEL_BYTES_MAX`]; `route` is
     /// kept with them. While a batch is on its way, that one. [`Outcome::Departing`]
     Depart { state: JobState, count: u64, route: Bytes },
-    /// Adds a batch of another shard's jobs. [`Outcome::Count`]: 0 when it is here already.
+    /// Adds a batch of another shard's jobs. [`Outcome::Count`]: 0 when it is here already; [`Outcome::Outdated`] when a later
+    /// one is: whether this one was ever here is not known.
     Arrive { source: Bytes, mark: TravelMark, jobs: Arc<Vec<JobView>> },
     /// Removes a batch that has arrived. [`Outcome::Count`]
     Departed { mark: TravelMark },
@@ -378,8 +379,8 @@ pub enum Placed {
     Outdated,
 }
 
-/// Which batch of a queue's jobs left a shard. A later one is larger, also from a shard that lost its last writes in a
-/// fail-over and counts from an older number: its clock went on.
+/// Which batch of a queue's jobs left a shard. A later one is larger, also where the clock was set back, since it is never
+/// below the last one's, and from a shard that lost its last writes in a fail-over, since its clock went on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TravelMark {
     pub at: UnixMs,
@@ -472,6 +473,8 @@ pub enum Outcome {
     Departing(Departure),
     /// The job is on its way to another shard; nothing was done.
     OnItsWay,
+    /// A later batch of that shard has arrived.
+    Outdated,
     LeaseLost,
     NoSuchJob,
 }

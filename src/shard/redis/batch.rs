@@ -87,7 +87,6 @@ pub fn is_repeatable(action: &Action) -> bool {
             | Action::Fail { .. }
             | Action::Release { .. }
             | Action::Extend { .. }
-            | Action::Progress { .. }
             | Action::Job { .. }
             | Action::Peek { .. }
             | Action::Len { .. }
@@ -935,6 +934,7 @@ fn read_one(action: &Action, value: Value, now: UnixMs) -> Option<Outcome> {
             b'N' => Outcome::NoSuchJob,
             b'!' => Outcome::LeaseLost,
             b'W' => Outcome::OnItsWay,
+            b'<' => Outcome::Outdated,
             state => Outcome::State(read_state(*state)?),
         },
         (Action::Extend { .. }, value) => Outcome::Until(int(&value)? as u64),

@@ -15,7 +15,8 @@
 --   held       hash     "i" id -> seq; "u" unique key -> seq and the time until which it is held (0: no end);
 --                       "g" group -> how many of its jobs have a turn; "s" session -> its number, since when (6
 --                       each), then for each who keeps it keeper and end (6 each); "h" id -> seq of a retired job;
---                       "b" shard -> number of the last batch of jobs that came from it;
+--                       "b" shard -> mark (time and number, 6 each) of the last batch of jobs that came from it;
+--                       "l" -> mark of the last batch that departed;
 --                       "h" -> the version in which homes moved last, as far as the queue was told
 --   blocked    zset     ready jobs that wait for a turn of their group, all of score 0: group (2 and bytes),
 --                       1000 - priority (2), place (6), seq (6), the job's bound (4)
@@ -26,8 +27,7 @@
 --                       (6 each); "l" the ledger's version (6) and text
 --   completed, cancelled, expired          lists of the seqs that are kept, oldest first
 --   outbox     hash     key of a group of deaths -> its row, as `src/shard/outbox.rs` lays it out
---   moving     hash     jobs on their way to another shard: seq -> rank (4), and "" -> time and number of the batch (6
---                       each), route
+--   moving     hash     jobs on their way to another shard: seq -> rank (4), and "" -> mark of the batch, route
 --   retired    list     seqs of jobs without a record, whose state record is kept for its history, oldest first
 --   journal    stream   a chunk of events for each call that made some; its id is the number of the last of them
 -- ARGV: the header, then the ops. The answer: {outcomes, ready, load, due (-1: nothing), now, deaths}.

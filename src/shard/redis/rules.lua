@@ -1586,8 +1586,11 @@ function make_rules()
         return {}
       end
       M.seq = M.seq + 1
+      local last = call('HGET', HELD, 'l')
+      local mark = pack('>I6I6', math.max(now, last and parse('>I6', last) or 0), M.seq)
+      call('HSET', HELD, 'l', mark)
       stored[#stored + 1] = ''
-      stored[#stored + 1] = pack('>I6I6', now, M.seq) .. route
+      stored[#stored + 1] = mark .. route
       send('HSET', MOVING, stored)
     end
     local mark, seqs, ranks = '', {}, {}
@@ -1668,9 +1671,9 @@ function make_rules()
     local last = call('HGET', HELD, 'b' .. source)
     local time, number = parse('>I6I6', mark)
     local last_time, last_number = parse('>I6I6', last or pack('>I6I6', 0, 0))
-    if last_time > time or last_time == time and last_number >= number then
+    if last == mark or last_time > time or last_time == time and last_number > number then
       at = at + 2 * count
-      return 0
+      return last == mark and 0 or '<'
     end
     call('HSET', HELD, 'b' .. source, mark)
     for _ = 1, count do

@@ -33,6 +33,8 @@ pub struct Batch {
 pub struct Travel {
     /// The version in which homes moved last, as somebody has told; 0: nobody has.
     pub homes_since: u64,
+    /// Of the last batch that departed.
+    last: TravelMark,
     pub departing: Option<Batch>,
     /// By the name of a shard its last batch that came here.
     arrived: BTreeMap<Bytes, TravelMark>,
@@ -55,6 +57,7 @@ impl Travel {
     fn encode(&self) -> Bytes {
         let mut out = BytesMut::new();
         out.put_u64(self.homes_since);
+        put_mark(&mut out, self.last);
         out.put_u32(self.arrived.len() as u32);
         for (source, mark) in &self.arrived {
             out.put_u16(source.len() as u16);
@@ -75,7 +78,8 @@ impl Travel {
     }
 
     fn read(mut row: Bytes) -> Option<Travel> {
-        let mut travel = Travel { homes_since: row.try_get_u64().ok()?, ..Travel::default() };
+        let (homes_since, last) = (row.try_get_u64().ok()?, read_mark(&mut row)?);
+        let mut travel = Travel { homes_since, last, ..Travel::default() };
         for _ in 0..row.try_get_u32().ok()? {
             let len = usize::from(row.try_get_u16().ok()?);
             let source = (row.len() >= len).then(|| row.split_to(len))?;
@@ -131,10 +135,12 @@ impl<R: Rows> Turn<'_, R> {
                 }
             }
             if !seqs.is_empty() {
-                let mark = TravelMark { at: self.now, number: self.queue.next() };
+                let at = self.now.max(self.queue.travel.last.at);
+                let mark = TravelMark { at, number: self.queue.next() };
                 let known = seqs.iter().copied().collect();
                 // A copy: what is kept must not hold the request's memory.
                 let route = Bytes::copy_from_slice(route);
+                self.queue.travel.last = mark;
                 self.queue.travel.departing = Some(Batch { mark, route, seqs, known });
                 self.put_travel();
             }
@@ -148,8 +154,10 @@ impl<R: Rows> Turn<'_, R> {
     }
 
     pub fn arrive(&mut self, source: &Bytes, mark: TravelMark, jobs: &[JobView]) -> Result<Outcome> {
-        if self.queue.travel.arrived.get(source).is_some_and(|last| *last >= mark) {
-            return Ok(Outcome::Count(0));
+        match self.queue.travel.arrived.get(source).map(|last| mark.cmp(last)) {
+            Some(std::cmp::Ordering::Less) => return Ok(Outcome::Outdated),
+            Some(std::cmp::Ordering::Equal) => return Ok(Outcome::Count(0)),
+            _ => {}
         }
         self.queue.travel.arrived.insert(Bytes::copy_from_slice(source), mark);
         self.put_travel();
@@ -233,12 +241,13 @@ mod tests {
 
     #[test]
     fn a_row_is_read_back_as_it_was() {
-        let mut travel = Travel { homes_since: 7, ..Travel::default() };
+        let last = TravelMark { at: 5, number: 4 };
+        let mut travel = Travel { homes_since: 7, last, ..Travel::default() };
         travel.arrived.insert("s0".into(), TravelMark { at: 7, number: 99 });
         assert_eq!(Travel::decode(travel.encode()).unwrap(), travel);
         let seqs = vec![3, 1, 2];
         let known = seqs.iter().copied().collect();
-        travel.departing = Some(Batch { mark: TravelMark { at: 5, number: 4 }, route: "a*1".into(), seqs, known });
+        travel.departing = Some(Batch { mark: last, route: "a*1".into(), seqs, known });
         let row = travel.encode();
         assert_eq!(Travel::decode(row.clone()).unwrap(), travel);
         assert!(Travel::decode(row.slice(..row.len() - 3)).is_err());
