@@ -145,8 +145,11 @@ fn sequence(number: u64, random: &mut SmallRng) -> Vec<Vec<Vec<u8>>> {
     (0..length).map(|_| pick(random)).collect()
 }
 
-/// The reply with the elements of an unordered one sorted.
+/// The reply with the elements of an unordered one sorted, and without a time that hangs on when the command came.
 fn comparable(name: &[u8], reply: &[u8]) -> Vec<u8> {
+    if name.to_ascii_uppercase().ends_with(b"EXPIRETIME") && reply.starts_with(b":1") {
+        return b":a time".to_vec();
+    }
     let is_unordered = UNORDERED.iter().any(|known| name.eq_ignore_ascii_case(known.as_bytes()));
     if name.to_ascii_uppercase().ends_with(b"SCAN") {
         // A cursor and an array: two servers keep the same set in another order, since each hashes with a seed of its own.
@@ -389,7 +392,9 @@ fn a_client_that_goes_away_while_blocked_takes_nothing_with_it() {
         drop(gone);
         eventually!("its end is noticed", is_alone(&mut wire));
         wire.call(&["RPUSH", "list", &round.to_string()]);
-        assert_eq!(wire.say("LPOP list").text(), round.to_string());
+        // A pop that was still on its way may have taken it: then it comes back.
+        let element = Value::Bulk(round.to_string().into());
+        eventually!("the element is there", (wire.say("LPOP list") == element).then_some(()));
         // Here the pop itself is on its way when the client goes, because the shard stands still.
         wire.call(&["RPUSH", "list", "first", "second"]);
         farm.shards[0].stop();
