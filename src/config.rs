@@ -542,7 +542,7 @@ impl ShardUrl {
             "redis" | "rediss" => parts.into_redis(scheme == "rediss"),
             "redis+sentinel" | "rediss+sentinel" => parts.into_sentinel(scheme == "rediss+sentinel"),
             "redis+cluster" | "rediss+cluster" => parts.into_cluster(scheme == "rediss+cluster"),
-            _ => Err(format!("unknown scheme '{scheme}': expected {EXPECTED_URLS}")),
+            _ => Err(format!("unknown scheme of a shard URL: expected {EXPECTED_URLS}")),
         }
     }
 
@@ -647,9 +647,9 @@ struct UrlParts<'a> {
 
 impl<'a> UrlParts<'a> {
     fn split(rest: &'a str) -> Result<UrlParts<'a>, String> {
-        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
-        // A password may hold what else divides a URL, but hosts and path hold no '@'.
+        // A password may hold what else divides a URL, but hosts, path and options hold no '@'.
         let (user, rest) = rest.rsplit_once('@').map_or((None, rest), |(user, rest)| (Some(user), rest));
+        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (hosts, path) = rest.split_once('/').unwrap_or((rest, ""));
         let mut login = Login::default();
         if let Some(user) = user {
@@ -671,9 +671,9 @@ impl<'a> UrlParts<'a> {
     }
 
     fn no_query(&self) -> Result<(), String> {
-        match self.query.first() {
-            Some((option, _)) => Err(format!("unknown option '{option}' in the shard URL")),
-            None => Ok(()),
+        match self.query.is_empty() {
+            true => Ok(()),
+            false => Err("unknown option in the shard URL: expected none".into()),
         }
     }
 
@@ -707,10 +707,11 @@ impl<'a> UrlParts<'a> {
         let mut partitions = 16;
         for (option, value) in &self.query {
             if *option != "partitions" {
-                return Err(format!("unknown option '{option}' in the shard URL: expected partitions"));
+                return Err("unknown option in the shard URL: expected partitions".into());
             }
             let number = value.parse().ok().filter(|number| (1..=PARTITIONS_MAX).contains(number));
-            partitions = number.ok_or_else(|| format!("partitions is '{value}': expected 1 to {PARTITIONS_MAX}"))?;
+            partitions =
+                number.ok_or_else(|| format!("bad partitions in the shard URL: expected 1 to {PARTITIONS_MAX}"))?;
         }
         Ok(ShardUrl::Cluster { nodes: self.hosts(6379)?, partitions, login: self.login })
     }
@@ -739,7 +740,7 @@ fn parse_host(text: &str, port_default: u16) -> Result<Host, String> {
 fn parse_database(path: &[&str]) -> Result<u32, String> {
     match path {
         [] => Ok(0),
-        [number] => number.parse().map_err(|_| format!("database '{number}': expected a number")),
+        [number] => number.parse().map_err(|_| "bad database in the shard URL: expected a number".into()),
         _ => Err("the path of the shard URL is too long: expected /DATABASE at its end".into()),
     }
 }
@@ -812,7 +813,7 @@ impl Config {
                 _ => put(&mut table, flag, setting, value)?,
             }
         }
-        let mut config = Config::deserialize(table).map_err(|error| ConfigError(error.message().to_string()))?;
+        let mut config = Config::deserialize(table).map_err(|error| ConfigError(told(&error)))?;
         webhook::read_secrets(&mut config.webhook, &others)?;
         config.checked(&others.into_iter().collect())
     }
@@ -1049,7 +1050,7 @@ fn put(table: &mut Table, origin: &str, setting: &Setting, text: &str) -> Result
     // Tried alone first, so that what is wrong with the value is said of this variable or flag.
     let mut alone = Table::new();
     put_at(&mut alone, &setting.path, value.clone());
-    Config::deserialize(alone).map_err(|error| wrong(&error.message()))?;
+    Config::deserialize(alone).map_err(|error| wrong(&told(&error)))?;
     put_at(table, &setting.path, value);
     Ok(())
 }
@@ -1124,10 +1125,27 @@ fn is_kubernetes_link(name: &str) -> bool {
 fn read_file(path: &Path) -> Result<Table, ConfigError> {
     let place = path.display();
     let text = std::fs::read_to_string(path).map_err(|error| ConfigError(format!("{place}: {error}")))?;
+    // The place and no more: the error's own text shows the line, which may hold a secret.
+    let wrong = |error: toml::de::Error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        let (line, begun) = before.split('\n').zip(1..).last().map_or((1, ""), |(begun, line)| (line, begun));
+        ConfigError(format!("{place}: line {line}, column {}: {}", begun.chars().count() + 1, told(&error)))
+    };
     // Read as a Config first: only that error knows line and column.
-    let wrong = |error: toml::de::Error| ConfigError(format!("{place}: {error}"));
     toml::from_str::<Config>(&text).map_err(wrong)?;
     text.parse().map_err(wrong)
+}
+
+/// What is wrong in the words of serde, but of a value of the wrong type only the type: it may be a secret in the wrong place.
+fn told(error: &toml::de::Error) -> String {
+    let message = error.message();
+    match (message.strip_prefix("invalid type: "), message.rsplit_once(", expected ")) {
+        (Some(found), Some((_, expected))) => {
+            let kind = found.split(['`', '"', ',']).next().unwrap_or_default().trim_end();
+            format!("invalid type: {kind}, expected {expected}")
+        }
+        _ => message.to_owned(),
+    }
 }
 
 /// A secret is the file's text without the line end that editors leave.
@@ -1311,11 +1329,35 @@ mod tests {
         refused(load("threads = 2\nlistne = 'x'", &[], &[]), &["goflow.toml", "line 2", "listne"]);
         refused(load("[limits]\n\npayload_bytes = 2", &[], &[]), &["line 3", "payload_bytes"]);
         refused(load("\nthreads = 2000", &[], &[]), &["line 2", "expected 0 to 256"]);
-        refused(load("threads = 'two'", &[], &[]), &["line 1", "threads"]);
+        refused(load("threads = 'two'", &[], &[]), &["line 1, column 11", "invalid type: string, expected i64"]);
         refused(load("[[shard]]\nname = 'a'\nurl = 'http://x'", &[], &[]), &["line 3", "redis://"]);
         refused(load("[[shard]]\nname = 'a b'\nurl = 'memory:'", &[], &[]), &["line 2", "a b"]);
         refused(load("[[shard]]\nname = 'a'", &[], &[]), &["line 1", "url"]);
         refused(load("threads =", &[], &[]), &["line 1"]);
+        refused(load("# \u{e4}\nlisten = \"\u{e4}\" # \u{e4}\nlistne = 'x'", &[], &[]), &["line 2, column 10"]);
+    }
+
+    #[test]
+    fn what_is_refused_is_not_repeated_where_it_may_be_a_secret() {
+        let sink = "[[sink]]\nname = 'a'\nkind = 'webhook'\n";
+        for (text, named) in [
+            ("[auth]\npasswrd = 'hush'".to_owned(), "line 2, column 1: unknown field `passwrd`"),
+            ("[auth]\npassword = 'hush".into(), "line 2"),
+            ("[auth]\npassword = hush".into(), "line 2"),
+            ("[auth]\npassword = 4711".into(), "line 2, column 12: invalid type: integer, expected a string"),
+            ("[auth]\npassword = ['hush']".into(), "line 2"),
+            ("[auth]\nuser = 'hush, expected'".into(), "invalid type: string, expected a sequence"),
+            ("auth = 'hush'".into(), "line 1"),
+            (format!("{sink}headers = 'hush'"), "line 4, column 11: invalid type: string, expected a map"),
+            ("[[shard]]\nname = 'a'\nurl = 'redis://h?hush'".into(), "unknown option"),
+            ("[[shard]]\nname = 'a'\nurl = 'redis+cluster://h?hush=hush'".into(), "unknown option"),
+            ("[[shard]]\nname = 'a'\nurl = 'redis+cluster://h?partitions=hush'".into(), "partitions"),
+            ("[[shard]]\nname = 'a'\nurl = 'redis://:/hush'".into(), "database"),
+            ("[[shard]]\nname = 'a'\nurl = ':hush@redis://h'".into(), "unknown scheme"),
+        ] {
+            let error = load(&text, &[], &[]).expect_err(&text);
+            assert!(error.contains(named) && !error.contains("hush") && !error.contains("4711"), "{text}: {error}");
+        }
     }
 
     #[test]
@@ -1337,6 +1379,8 @@ mod tests {
         let login = Login { user: Some("us@er".into()), password: Some(Secret::new("p:/w")), tls: true, database: 3 };
         assert_eq!(redis, ShardUrl::Redis { host: host("::1", 7000), login });
         assert_eq!(redis.to_string(), "rediss://[::1]:7000/3");
+        let Some(login) = ShardUrl::parse("redis://:pa?ss@a@h/1").unwrap().login().cloned() else { panic!() };
+        assert_eq!((login.password, login.database), (Some(Secret::new("pa?ss@a")), 1));
         let text = "redis+sentinel://a:1,b/main/2";
         let login = Login { database: 2, ..Login::default() };
         let sentinels = vec![host("a", 1), host("b", 26379)];

@@ -93,6 +93,32 @@ fn no_line_holds_a_payload_or_a_secret_at_any_level_in_any_format() {
     }
 }
 
+#[test]
+fn a_configuration_that_is_refused_is_named_by_line_and_column_and_not_repeated() {
+    let dir = scratch();
+    let file = dir.path().join("goflow.toml");
+    let write = |text: &str| std::fs::write(&file, text).unwrap();
+    let path = file.to_string_lossy();
+    write("[log]\nlevel = 'trace'\n[[shard]]\nname = 's1'\nurl = 'memory:'");
+    let mut goflow = Goflow::start(&["--config", &path]);
+    goflow.expect_log("SIGHUP");
+    for (text, named) in [
+        (format!("[auth]\npasswrd = '{CANARY}'"), "line 2, column 1: unknown field `passwrd`"),
+        (format!("[[shard]]\nname = 's1'\nurl = 'redis://:pa?{CANARY}@h?x'"), "line 3, column 7: unknown option"),
+    ] {
+        write(&text);
+        let (status, _, said) = Goflow::run(&["check", "--config", &path]);
+        assert_eq!(status.code(), Some(64), "{said}");
+        assert!(said.contains(named) && !said.contains(CANARY), "{said}");
+        let refusal = goflow.wire().say("GOFLOW.RELOAD").text();
+        assert!(refusal.contains(named) && !refusal.contains(CANARY), "{refusal}");
+        goflow.hangup();
+        assert!(goflow.wait_for_log(named).contains("SIGHUP"));
+    }
+    goflow.terminate();
+    assert!(!goflow.log().join("\n").contains(CANARY));
+}
+
 /// Makes one slow command, and answers the slow log's newest entry.
 fn slow_command(server: &Server, goflow: &Goflow, wire: &mut Wire) -> Value {
     eventually!("a command was slow", {
