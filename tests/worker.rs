@@ -162,6 +162,26 @@ fn a_second_signal_stops_the_handlers_and_gives_their_jobs_back_uncounted() {
 }
 
 #[test]
+fn a_handler_that_finishes_after_it_is_told_to_stop_has_done_its_job() {
+    let goflow = Goflow::start(&["--shard", "s1=memory:"]);
+    let mut wire = goflow.wire();
+    let handler = "trap 'printf done; exit $(cat code)' TERM; cat > code; touch started; while :; do sleep 0.05; done";
+    let mut worker = Worker::start(goflow.address(), &[], &["sh", "-c", handler]);
+    let id = enqueue(&mut wire, "0", "");
+    eventually!("the handler runs", worker.dir.path().join("started").exists().then_some(()));
+    worker.process.signal("TERM");
+    worker.process.stderr.wait_for("finishing what runs");
+    worker.process.signal("TERM");
+    assert!(worker.process.wait().success());
+    assert_eq!(field(&mut wire, &id, "completed", "result"), "done");
+    let _worker = Worker::start(goflow.address(), &["--timeout", "700"], &["sh", "-c", handler]);
+    let late = enqueue(&mut wire, "0", "");
+    assert_eq!(field(&mut wire, &late, "completed", "result"), "done");
+    let failed = enqueue(&mut wire, "3", "BACKOFF 60000");
+    assert!(field(&mut wire, &failed, "scheduled", "error").starts_with("ran for more than 700 ms and was stopped"));
+}
+
+#[test]
 fn a_lease_is_extended_for_as_long_as_the_handler_runs_and_a_killed_workers_job_comes_back() {
     let goflow = Goflow::start(&["--shard", "s1=memory:"]);
     let mut wire = goflow.wire();
@@ -279,6 +299,47 @@ fn a_web_service_acknowledges_with_2xx_and_is_asked_again_when_it_says() {
     assert!(requests[0].contains("\r\njob-type: mail\r\n") && requests[0].contains("\r\njob-attempt: 1\r\n"));
     assert!(requests[1].contains("\r\njob-attempt: 2\r\n"));
 }
+
+#[test]
+fn a_status_that_was_heard_stands_whatever_becomes_of_the_body() {
+    let goflow = Goflow::start(&["--shard", "s1=memory:"]);
+    let mut wire = goflow.wire();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/jobs", listener.local_addr().unwrap());
+    let service = std::thread::spawn(move || {
+        let answer = |head: &str, body: &[u8]| {
+            let (mut socket, _) = listener.accept().unwrap();
+            let mut request = Vec::new();
+            while !request.ends_with(b"payload") {
+                let mut chunk = [0; 4096];
+                let len = socket.read(&mut chunk).unwrap();
+                assert!(len > 0, "{request:?}");
+                request.extend_from_slice(&chunk[..len]);
+            }
+            write!(socket, "HTTP/1.1 {head}\r\n\r\n").unwrap();
+            // A worker that has read enough goes away.
+            let _ = socket.write_all(body);
+            socket
+        };
+        drop(answer("200 OK\r\nContent-Length: 100", b"broken off"));
+        drop(answer("200 OK\r\nTransfer-Encoding: chunked", b"6\r\nbroken\r\nx"));
+        drop(answer("200 OK\r\nContent-Length: 8000000", &[b'x'; 8_000_000]));
+        drop(answer("422 No\r\nContent-Length: 100", b"broken off"));
+        // Nothing follows until the worker has lost its patience.
+        answer("200 OK\r\nContent-Length: 100", b"stuck")
+    });
+    let _worker = Worker::start(goflow.address(), &["--timeout", "2000", "--http", &url], &[]);
+    for result in ["broken off", "broken", &"x".repeat(16 << 10)] {
+        let id = enqueue(&mut wire, "payload", "BACKOFF 3600000 BACKOFFMAX 3600000");
+        assert_eq!(field(&mut wire, &id, "completed", "result"), *result);
+    }
+    let dead = enqueue(&mut wire, "payload", "");
+    assert_eq!(field(&mut wire, &dead, "dead", "trace"), "broken off");
+    let stuck = enqueue(&mut wire, "payload", "BACKOFF 3600000 BACKOFFMAX 3600000");
+    assert_eq!(field(&mut wire, &stuck, "completed", "result"), "stuck");
+    drop(service.join().unwrap());
+}
+
 #[test]
 fn three_partitions_divide_the_shards_and_the_others_take_over_from_a_killed_one() {
     let servers: Vec<Server> = (1..=4).map(|_| Server::start(Flavour::Redis7, &[])).collect();

@@ -1,13 +1,14 @@
 //! A job done by a local web service: one POST with the payload as its body and the labels as headers.
 //!
 //! 2xx acknowledges with the body as the result; 429 and 503 fail the job for as long as `Retry-After` says; 410 and 422 say
-//! that no retry can help; anything else, and silence, fails it. A new connection for each job, so that a service may be
-//! restarted at any time.
+//! that no retry can help; anything else, and silence, fails it. The status alone decides: of the body is read what a job may
+//! bear, and where it breaks off the verdict stands. A new connection for each job, so that a service may be restarted at any
+//! time.
 
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full};
 use hyper::header::{CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
@@ -19,8 +20,6 @@ use crate::clock::Millis;
 use crate::job::TEXT_BYTES_MAX;
 
 const CONNECT_WAIT: Duration = Duration::from_secs(5);
-/// What is read of an answer; the rest of it is not wanted.
-const ANSWER_BYTES_MAX: usize = 4 << 20;
 /// What a service may ask for.
 const RETRY_MS_MAX: Millis = 24 * 3_600_000;
 
@@ -32,7 +31,8 @@ pub struct Service {
 struct Answer {
     status: StatusCode,
     retry_ms: Option<Millis>,
-    body: Bytes,
+    /// What has arrived of it, as far as it is kept.
+    body: Vec<u8>,
 }
 
 impl Service {
@@ -48,15 +48,17 @@ impl Service {
     }
 
     pub async fn handle(&self, task: &Task, worker: &Worker) -> Verdict {
-        let answer = tokio::select! {
-            answer = self.post(task) => answer,
-            () = patience(worker.options.timeout) => Err(format!("no answer in {} ms", worker.options.timeout)),
-            () = raised(&worker.stopping) => return Verdict::Release { delay_ms: 0 },
+        let mut heard = None;
+        let unheard = tokio::select! {
+            posted = self.post(task, &mut heard) => Verdict::fail(posted.err().unwrap_or_default()),
+            () = patience(worker.options.timeout) => Verdict::fail(format!("no answer in {} ms", worker.options.timeout)),
+            () = raised(&worker.stopping) => Verdict::Release { delay_ms: 0 },
         };
-        answer.map_or_else(Verdict::fail, verdict)
+        heard.map_or(unheard, verdict)
     }
 
-    async fn post(&self, task: &Task) -> Result<Answer, String> {
+    /// Fills in what is heard as it is heard, so that it holds whenever this ends.
+    async fn post(&self, task: &Task, heard: &mut Option<Answer>) -> Result<(), String> {
         let told = |error: &dyn std::fmt::Display| format!("{}: {error}", self.address);
         let socket = tokio::time::timeout(CONNECT_WAIT, TcpStream::connect(&self.address)).await;
         let socket = socket.map_err(|_| told(&"does not answer"))?.map_err(|error| told(&error))?;
@@ -67,16 +69,21 @@ impl Service {
             let status = answer.status();
             let retry_ms = answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
             let retry_ms = retry_ms.and_then(|value| retry_after(value, SystemTime::now()));
-            let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
-            let body = body.map(|body| body.to_bytes()).map_err(|error| told(&error))?;
-            Ok(Answer { status, retry_ms, body })
+            let kept = &mut heard.insert(Answer { status, retry_ms, body: Vec::new() }).body;
+            let mut body = answer.into_body();
+            while kept.len() < TEXT_BYTES_MAX {
+                let Some(Ok(frame)) = body.frame().await else { break };
+                let data = frame.data_ref().map_or(&[][..], |data| &data[..]);
+                kept.extend_from_slice(&data[..data.len().min(TEXT_BYTES_MAX - kept.len())]);
+            }
+            Ok(())
         };
         let mut exchange = std::pin::pin!(exchange);
         let mut connection = std::pin::pin!(connection);
         let mut connected = true;
         loop {
             tokio::select! {
-                answer = &mut exchange => return answer,
+                ended = &mut exchange => return ended,
                 _ = &mut connection, if connected => connected = false,
             }
         }
@@ -115,14 +122,13 @@ fn retry_after(value: &str, now: SystemTime) -> Option<Millis> {
 
 fn verdict(answer: Answer) -> Verdict {
     let Answer { status, retry_ms, body } = answer;
-    let body = body.slice(..body.len().min(TEXT_BYTES_MAX));
     if status.is_success() {
-        return Verdict::Ack { result: body.to_vec() };
+        return Verdict::Ack { result: body };
     }
     let busy = matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
     Verdict::Fail {
         error: format!("status {}", status.as_u16()),
-        trace: body.to_vec(),
+        trace: body,
         retry_ms: retry_ms.filter(|_| busy),
         dead: matches!(status, StatusCode::GONE | StatusCode::UNPROCESSABLE_ENTITY),
     }
@@ -137,7 +143,7 @@ mod tests {
         let answer = |status: u16, retry_ms| Answer {
             status: StatusCode::from_u16(status).unwrap(),
             retry_ms,
-            body: Bytes::from_static(b"said"),
+            body: b"said".to_vec(),
         };
         assert_eq!(verdict(answer(201, None)), Verdict::Ack { result: b"said".to_vec() });
         for (status, retry, expected) in [
