@@ -38,6 +38,8 @@ use crate::session;
 
 /// Pending connections of one listener.
 const BACKLOG: i32 = 4_096;
+/// What a client above `limits.connections_max` is told.
+pub const REFUSAL: &str = "-ERR max number of clients reached\r\n";
 /// How long the start waits for shards to say whose they are.
 const CLAIM_WAIT: Duration = Duration::from_secs(3);
 
@@ -379,7 +381,7 @@ async fn accept(listener: TcpListener, process: &Arc<Process>, options: SocketOp
 fn refuse(socket: TcpStream) {
     if let Ok(mut socket) = socket.into_std() {
         // Not told is refused all the same.
-        let _ = socket.write(b"-ERR max number of clients reached\r\n");
+        let _ = socket.write(REFUSAL.as_bytes());
     }
 }
 

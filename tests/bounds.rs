@@ -34,6 +34,8 @@ fn one_client_too_many_is_told_so() {
     assert_eq!(first.say("PING"), Value::Simple("PONG".into()));
     let told = String::from_utf8(goflow.wire().read_to_close()).unwrap();
     assert_eq!(told, "-ERR max number of clients reached\r\n");
+    let (status, _, said) = Goflow::run(&["healthcheck", "--listen", goflow.address()]);
+    assert!(status.success(), "one that is full is alive: {said}");
     assert_eq!(first.say("PING"), Value::Simple("PONG".into()));
 }
 

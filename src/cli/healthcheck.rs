@@ -1,13 +1,17 @@
 //! `goflow healthcheck`: PING over TCP, for images that have no other program.
 //!
-//! A server that asks for a password is alive, so `-NOAUTH` counts as an answer.
+//! A server that asks for a password is alive, and so is one that has as many clients as it may: it need not be replaced.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use crate::clock::Millis;
+use crate::server::REFUSAL;
+
+/// As much of an answer is looked at.
+const ANSWER_BYTES_MAX: u64 = 64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -41,18 +45,18 @@ pub fn run(options: &Options) -> ExitCode {
 }
 
 fn ping(options: Options) -> Result<(), String> {
-    let exchange = || -> std::io::Result<[u8; 5]> {
+    let exchange = || -> std::io::Result<String> {
         let mut stream = TcpStream::connect_timeout(&options.address, options.timeout)?;
         stream.set_read_timeout(Some(options.timeout))?;
         stream.set_write_timeout(Some(options.timeout))?;
         stream.write_all(b"*1\r\n$4\r\nPING\r\n")?;
-        let mut answer = [0; 5];
-        stream.read_exact(&mut answer)?;
-        Ok(answer)
+        let mut line = Vec::new();
+        BufReader::new(stream.take(ANSWER_BYTES_MAX)).read_until(b'\n', &mut line)?;
+        Ok(String::from_utf8_lossy(&line).into_owned())
     };
-    match &exchange().map_err(|error| error.to_string())? {
-        b"+PONG" | b"-NOAU" => Ok(()),
-        other => Err(format!("answered {:?}", String::from_utf8_lossy(other))),
+    match exchange().map_err(|error| error.to_string())? {
+        line if line == "+PONG\r\n" || line.starts_with("-NOAUTH ") || line == REFUSAL => Ok(()),
+        line => Err(format!("answered {line:?}")),
     }
 }
 
@@ -76,11 +80,13 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_answers_is_alive_even_if_it_wants_a_password() {
+    fn a_server_that_answers_is_alive_even_if_it_wants_a_password_or_is_full() {
         assert_eq!(ask_one_that_answers(b"+PONG\r\n"), Ok(()));
         assert_eq!(ask_one_that_answers(b"-NOAUTH Authentication required.\r\n"), Ok(()));
+        assert_eq!(ask_one_that_answers(REFUSAL.as_bytes()), Ok(()));
         assert!(ask_one_that_answers(b"-ERR loading\r\n").is_err());
-        assert!(ask_one_that_answers(b"+").is_err());
+        assert!(ask_one_that_answers(b"+").is_err() && ask_one_that_answers(b"").is_err());
+        assert!(ask_one_that_answers(&[b'x'; 1_000]).is_err());
     }
 
     #[test]
