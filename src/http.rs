@@ -8,9 +8,11 @@
 //! | `/v1/...` | jobs and queues ([`api`]), described by `GET /v1/openapi.json` |
 //! | a configured path | deliveries of other services ([`webhook`]), which become jobs |
 //!
-//! Runs on a thread of its own, so that a slow scraper costs no client anything. Bodies, headers, time and connections are
-//! bounded. `/v1` wants the users and passwords of the Redis port where there are any; webhooks want their
-//! signatures; the rest is for whoever reaches the port, which is the loopback's unless the configuration says otherwise.
+//! Runs on a thread of its own, so that a slow scraper costs no client anything. Bodies, headers, connections, and the time to
+//! ask, to answer and to take the answer are bounded. While the process drains, everything is still answered, as the last
+//! thing on its connection, and what is under way is waited for. `/v1` wants the users and passwords of the Redis port where
+//! there are any; webhooks want their signatures; the rest is for whoever reaches the port, which is the loopback's unless the
+//! configuration says otherwise.
 
 use std::convert::Infallible;
 use std::io;
@@ -22,17 +24,19 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
-use hyper::header::{ACCEPT, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{ACCEPT, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::Semaphore;
 
 use crate::metrics::Format;
 use crate::process::Process;
+use socket::{Answered, Socket, UnderWay};
 use webhook::Hook;
 
 mod api;
 mod json;
+mod socket;
 pub mod webhook;
 
 /// Connections at once; more wait in the listener's line.
@@ -41,6 +45,8 @@ const CONNECTIONS_MAX: usize = 256;
 const HEADERS_WAIT: Duration = Duration::from_secs(15);
 /// For one request to be answered; longer than a lane waits for room.
 const ANSWER_WAIT: Duration = Duration::from_secs(30);
+/// For a client to read what it was answered.
+const READ_WAIT: Duration = Duration::from_secs(60);
 
 type Answer = Response<Full<Bytes>>;
 
@@ -77,10 +83,12 @@ pub async fn serve(listener: TcpListener, process: Arc<Process>, hooks: Vec<Hook
         };
         let site = site.clone();
         tokio::spawn(async move {
-            let service = hyper::service::service_fn(|request| answer(request, site.clone()));
+            let answered = Answered::default();
+            let socket = TokioIo::new(Socket::new(socket, answered.clone(), READ_WAIT));
+            let service = hyper::service::service_fn(|request| answer(request, site.clone(), answered.clone()));
             let mut builder = hyper::server::conn::http1::Builder::new();
             builder.timer(TokioTimer::new()).header_read_timeout(HEADERS_WAIT).max_buf_size(64 << 10);
-            if let Err(error) = builder.serve_connection(TokioIo::new(socket), service).await {
+            if let Err(error) = builder.serve_connection(socket, service).await {
                 tracing::debug!(%error, "HTTP connection ended");
             }
             drop(permit);
@@ -88,9 +96,10 @@ pub async fn serve(listener: TcpListener, process: Arc<Process>, hooks: Vec<Hook
     }
 }
 
-async fn answer(request: Request<Incoming>, site: Arc<Site>) -> Result<Answer, Infallible> {
+async fn answer(request: Request<Incoming>, site: Arc<Site>, answered: Answered) -> Result<Answer, Infallible> {
     let process = &site.process;
-    let answer = match (request.method(), request.uri().path()) {
+    let under_way = UnderWay::begin(&process.requests);
+    let mut answer = match (request.method(), request.uri().path()) {
         (&Method::GET, "/metrics") => metrics(&request, process),
         (&Method::GET, "/healthz") => health(process),
         (&Method::GET, "/readyz") => readiness(process),
@@ -101,6 +110,10 @@ async fn answer(request: Request<Incoming>, site: Arc<Site>) -> Result<Answer, I
             None => text(StatusCode::NOT_FOUND, "there is nothing here\n"),
         },
     };
+    if process.draining.load(Ordering::Relaxed) {
+        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    answered.set(Some(under_way));
     Ok(answer)
 }
 

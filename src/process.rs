@@ -5,7 +5,7 @@ pub mod settings;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -94,6 +94,8 @@ pub struct Process {
     pub listen_port: u16,
     /// The process is about to end: waits are cut short and connections closed when their answers are out.
     pub draining: AtomicBool,
+    /// Requests of HTTP that were begun and whose answers are not out.
+    pub requests: Arc<AtomicUsize>,
     pub bytes_in: AtomicU64,
     pub bytes_out: AtomicU64,
     pub metrics: Arc<Metrics>,

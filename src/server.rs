@@ -3,8 +3,8 @@
 //! Each thread has a runtime, a listener (`SO_REUSEPORT`) and its sessions of its own; lane `i` runs on thread `i mod n`.
 //! Order of the start: the map is found, shards are asked for their stamps (one that refuses ends the start, one that is down does not),
 //! sockets are bound, HTTP says that we start, lanes run, sockets listen and are announced. Order of the end, on SIGTERM or SIGINT: no further
-//! connection is accepted, waiting clients are answered, replies are finished and connections closed, lanes run empty;
-//! what is left after the drain time is cut off. A second signal ends at once.
+//! connection is accepted, waiting clients are answered, replies are finished and connections closed, lanes run empty, HTTP
+//! answers what it was asked; what is left after the drain time is cut off. A second signal ends at once.
 
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
@@ -118,6 +118,7 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         settings_version: 0.into(),
         reread: setup.reread,
         draining: false.into(),
+        requests: Default::default(),
         bytes_in: 0.into(),
         bytes_out: 0.into(),
         metrics,
@@ -301,14 +302,21 @@ async fn drained(process: &Process, limit: Duration) {
     process.draining.store(true, Ordering::Relaxed);
     process.workers.drain();
     process.clients.wake_all();
+    let requests = || process.requests.load(Ordering::Relaxed);
+    let is_busy = || {
+        process.clients.count() > 0
+            || requests() > 0
+            || process.dispatcher.map().lanes.iter().any(|lane| !lane.is_idle())
+    };
     let all = async {
         let mut look = tokio::time::interval(Duration::from_millis(5));
-        while process.clients.count() > 0 || process.dispatcher.map().lanes.iter().any(|lane| !lane.is_idle()) {
+        while is_busy() {
             look.tick().await;
         }
     };
     if tokio::time::timeout(limit, all).await.is_err() {
-        tracing::warn!(connections = process.clients.count(), "drain time is up; cutting off what is left");
+        let connections = process.clients.count();
+        tracing::warn!(connections, requests = requests(), "drain time is up; cutting off what is left");
     }
 }
 

@@ -247,6 +247,44 @@ fn readiness_tells_starting_from_ready_from_draining() {
 }
 
 #[test]
+fn a_drain_waits_for_what_was_asked_over_http_and_until_its_answer_is_read() {
+    let bounds = [("GOFLOW_TIMEOUTS_DRAIN_MS", "60000")];
+    let mut site = Site::start_with(&["--shard", "s1=memory:"], &bounds);
+    // More than the kernel holds for somebody who does not read.
+    let large = "x".repeat(15 << 20);
+    assert_eq!(site.request("POST /v1/queues/main/jobs?id=large HTTP/1.1", &large).status, 201);
+    let connect = || {
+        let socket = TcpStream::connect(site.address()).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        socket
+    };
+    let (mut begun, mut unread, mut idle) = (connect(), connect(), connect());
+    write!(begun, "POST /v1/queues/main/jobs?id=mine HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf ").unwrap();
+    write!(unread, "GET /v1/queues/main/jobs/large HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    assert_eq!(unread.peek(&mut [0]).unwrap(), 1, "its answer is on the way");
+    write!(idle, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    let mut answer = vec![0; 15];
+    idle.read_exact(&mut answer).unwrap();
+    assert_eq!(answer, b"HTTP/1.1 200 OK");
+    site.goflow.signal("TERM");
+    let draining = eventually!("it says that it drains", Some(site.get("/readyz")).filter(|said| said.status == 503));
+    assert_eq!((draining.body.as_str(), draining.head.contains("connection: close")), ("draining\n", true));
+    assert_eq!(site.get("/healthz").status, 200);
+    write!(begun, "done.").unwrap();
+    let mut answer = String::new();
+    begun.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 201 ") && answer.ends_with(r#"{"id":"mine"}"#), "{answer}");
+    assert!(answer.to_lowercase().contains("\r\nconnection: close\r\n"), "{answer}");
+    let mut answer = Vec::new();
+    unread.read_to_end(&mut answer).unwrap();
+    let (head, body) = answer.split_at(answer.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4);
+    let length = format!("content-length: {}\r\n", body.len());
+    assert!(String::from_utf8_lossy(head).to_lowercase().contains(&length), "{} bytes", body.len());
+    // Nobody asked anything on the one that is left.
+    assert!(site.goflow.wait().success());
+}
+
+#[test]
 fn readiness_says_when_no_shard_answers_and_health_stays_true() {
     let shard = Server::start(Flavour::Redis7, &[]);
     let url = format!("s1={}", shard.url());
