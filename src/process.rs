@@ -39,6 +39,9 @@ pub const REDIS_VERSION: &str = "7.2.0";
 /// Queues whose counters are asked for together.
 const TOTALS_GROUP: usize = 64;
 
+/// How long a wrong password waits for its answer.
+pub const WRONG_PASS_REST: Duration = Duration::from_millis(100);
+
 /// Who may connect.
 #[derive(Clone, Debug, Default)]
 pub struct Auth {

@@ -32,9 +32,9 @@ use crate::execute::{Answer, Asker, Done, Keep, execute};
 use crate::forward::conversation::Conversation;
 use crate::forward::{Request, Ways};
 use crate::job::{Lease, parse_receipt};
-use crate::process::Process;
 use crate::process::settings::Settings;
 use crate::process::slowlog::Slow;
+use crate::process::{Process, WRONG_PASS_REST};
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::request::{Bounds, Parsed, Parser};
 use crate::shard::redis::link::{Backlog, too_big};
@@ -53,8 +53,6 @@ const READ_AHEAD: usize = 64 << 10;
 /// A client that sends more after it has waited this long for jobs may have given up; one that sends many requests
 /// together does not wait so long in between.
 const ABANDONED_AFTER: Duration = Duration::from_millis(50);
-/// How long a wrong password waits for its answer.
-const WRONG_PASS_REST: Duration = Duration::from_millis(100);
 /// Room for one read: at first, and at most.
 const READ_MIN: usize = 4 << 10;
 const READ_MAX: usize = 64 << 10;

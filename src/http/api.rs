@@ -14,7 +14,7 @@
 use std::future::poll_fn;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use hyper::header::{ALLOW, AUTHORIZATION, CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
 use hyper::{Method, Request, Response, StatusCode};
@@ -26,7 +26,7 @@ use super::{Answer, Site, busy, json};
 use crate::command::{self, Context, Plan};
 use crate::error::{Code, Error, Happened, Result};
 use crate::execute::{self, Asker, Done, execute};
-use crate::process::Process;
+use crate::process::{Process, WRONG_PASS_REST};
 use crate::resp::reply::{Protocol, Reply};
 
 /// The description of all this, for programs; [`openapi`] adds the webhooks.
@@ -69,6 +69,9 @@ pub async fn answer(request: Request<Incoming>, site: &Site) -> Answer {
         return written(StatusCode::OK, site.description.clone());
     }
     if let Err(error) = authenticate(&request, process) {
+        if error.code == Code::WrongPass {
+            tokio::time::sleep(WRONG_PASS_REST).await;
+        }
         return refused(&error);
     }
     match (request.method().clone(), &path[..]) {
@@ -141,8 +144,11 @@ async fn enqueue(queue: &str, request: Request<Incoming>, process: &Arc<Process>
     let query: Vec<(String, String)> = request.uri().query().map(read_query).unwrap_or_default();
     let bytes_max = process.settings().bounds.request_bytes_max;
     let body = Limited::new(request.into_body(), bytes_max).collect().await;
-    let body =
-        body.map_err(|_| Error::new(Code::TooBig, format!("the body has more than {bytes_max} bytes")))?.to_bytes();
+    let body = body.map_err(|error| match error.is::<LengthLimitError>() {
+        true => Error::new(Code::TooBig, format!("the body has more than {bytes_max} bytes")),
+        false => Error::bad("the body did not arrive whole"),
+    });
+    let body = body?.to_bytes();
     if !is_json {
         let mut words = opening(queue, body);
         for (name, value) in query {
