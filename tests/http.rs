@@ -320,8 +320,16 @@ fn one_job_or_many_are_posted_and_read_back() {
         site.post("/v1/queues/main/jobs", &json!([{"payload": {"a": 1}}, {"payload": "x", "id": "mine", "nx": true}]));
     assert_eq!((many.status, &fields(&many)["failed"]), (207, &json!(1)));
     assert_eq!(fields(&many)["jobs"][1]["error"]["code"], "DUPLICATE");
+    // What is no text is kept to the letter.
+    let kept = r#"{ "z": 0.10, "a": 12345678901234567890123 }"#;
+    let post = "POST /v1/queues/kept/jobs HTTP/1.1\nContent-Type: application/json; charset=utf-8";
+    assert_eq!(site.request(post, &format!(r#"{{"payload": {kept}, "id": "one"}}"#)).status, 201);
+    assert_eq!(site.request(post, &format!("\n[{{\"id\":\"two\",\"payload\":{kept}}}]")).status, 201);
+    for id in ["one", "two"] {
+        assert_eq!(fields(&site.get(&format!("/v1/queues/kept/jobs/{id}")))["payload"], kept);
+    }
     assert_eq!(fields(&site.get("/v1/queues/main"))["ready"], 2);
-    assert_eq!(fields(&site.get("/v1/queues")), json!(["main"]));
+    assert_eq!(fields(&site.get("/v1/queues")), json!(["kept", "main"]));
     assert_eq!(site.get("/v1/openapi.json").status, 200);
 }
 

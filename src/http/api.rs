@@ -18,7 +18,10 @@ use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use hyper::header::{ALLOW, AUTHORIZATION, CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
 use hyper::{Method, Request, Response, StatusCode};
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::webhook::Hook;
@@ -156,15 +159,17 @@ async fn enqueue(queue: &str, request: Request<Incoming>, process: &Arc<Process>
         }
         return Ok(placed(finish(start(&words, process), process).await));
     }
-    match serde_json::from_slice(&body) {
-        Err(error) => Err(Error::bad(format!("the body is no JSON: {error}"))),
-        Ok(Value::Array(jobs)) => enqueue_many(queue, jobs, process).await,
-        Ok(job) => Ok(placed(finish(start(&job_words(queue, &job)?, process), process).await)),
+    let no_json = |error| Error::bad(format!("the body is no JSON: {error}"));
+    if body.trim_ascii_start().starts_with(b"[") {
+        let jobs: Vec<&RawValue> = serde_json::from_slice(&body).map_err(no_json)?;
+        return enqueue_many(queue, &jobs, process).await;
     }
+    let words = job_words(queue, serde_json::from_slice(&body).map_err(no_json)?)?;
+    Ok(placed(finish(start(&words, process), process).await))
 }
 
 /// All are checked before one is sent; then each stands for itself.
-async fn enqueue_many(queue: &str, jobs: Vec<Value>, process: &Arc<Process>) -> Result<Answer> {
+async fn enqueue_many(queue: &str, jobs: &[&RawValue], process: &Arc<Process>) -> Result<Answer> {
     let most = process.settings().limits.batch_jobs_max;
     if jobs.len() > most {
         return Err(Error::new(Code::TooBig, format!("{} jobs, the limit is {most}", jobs.len())));
@@ -197,28 +202,32 @@ fn opening(queue: &str, payload: Bytes) -> Vec<Bytes> {
 }
 
 /// The words of the command for one job of a JSON body.
-fn job_words(queue: &str, job: &Value) -> Result<Vec<Bytes>> {
-    let Value::Object(fields) = job else {
-        return Err(Error::bad("expected an object with a payload, or an array of such"));
-    };
+fn job_words(queue: &str, job: &RawValue) -> Result<Vec<Bytes>> {
+    let fields: BTreeMap<String, &RawValue> = serde_json::from_str(job.get())
+        .map_err(|_| Error::bad("expected an object with a payload, or an array of such"))?;
     let payload = match (fields.get("payload"), fields.get("payload_base64")) {
         (Some(_), Some(_)) => return Err(Error::bad("expected payload or payload_base64, not both")),
-        (Some(Value::String(text)), None) => Bytes::copy_from_slice(text.as_bytes()),
-        // Anything else is kept as the JSON that it is.
-        (Some(value), None) => value.to_string().into(),
-        (None, Some(Value::String(coded))) => {
-            json::decode(coded).ok_or_else(|| Error::bad("invalid payload_base64: expected base64"))?.into()
+        (Some(text), None) if text.get().starts_with('"') => read::<String>("payload", text)?.into(),
+        // Anything else is kept as the JSON that it is, to the letter: a number may have more digits than ours.
+        (Some(value), None) => Bytes::copy_from_slice(value.get().as_bytes()),
+        (None, Some(coded)) => {
+            let coded: String = read("payload_base64", coded)?;
+            json::decode(&coded).ok_or_else(|| Error::bad("invalid payload_base64: expected base64"))?.into()
         }
-        (None, _) => return Err(Error::bad("the payload is missing: expected payload or payload_base64")),
+        (None, None) => return Err(Error::bad("the payload is missing: expected payload or payload_base64")),
     };
     let mut words = opening(queue, payload);
     for (name, value) in fields.iter().filter(|(name, _)| !name.starts_with("payload")) {
-        put_field(&mut words, name, value)?;
+        put_field(&mut words, name, &read(name, value)?)?;
     }
     if let Some(unknown) = fields.keys().find(|name| name.starts_with("payload") && !SHAPED.contains(&name.as_str())) {
         return Err(Error::bad(format!("unknown field '{unknown}'")));
     }
     Ok(words)
+}
+
+fn read<'a, T: Deserialize<'a>>(name: &str, value: &'a RawValue) -> Result<T> {
+    serde_json::from_str(value.get()).map_err(|error| Error::bad(format!("invalid {name}: {error}")))
 }
 
 /// Appends the option that a field stands for.
@@ -341,8 +350,8 @@ pub(super) fn written(status: StatusCode, body: impl Into<Bytes>) -> Answer {
 mod tests {
     use super::*;
 
-    fn words(job: Value) -> Result<Vec<String>> {
-        let words = job_words("main", &job)?;
+    fn words(job: impl ToString) -> Result<Vec<String>> {
+        let words = job_words("main", serde_json::from_str(&job.to_string()).unwrap())?;
         Ok(words.iter().map(|word| String::from_utf8_lossy(word).into_owned()).collect())
     }
 
@@ -359,11 +368,22 @@ mod tests {
     #[test]
     fn payloads_are_text_or_json_or_base64() {
         for (job, payload) in [
-            (json!({"payload": "text"}), "text"),
-            (json!({"payload": {"a": [1, null]}}), r#"{"a":[1,null]}"#),
-            (json!({"payload_base64": "aGk="}), "hi"),
+            (r#"{"payload": "text"}"#, "text"),
+            (r#"{"payload": "\u00e4 \"\n"}"#, "\u{e4} \"\n"),
+            (r#"{"payload_base64": "aGk="}"#, "hi"),
+            (r#"{"payload": null}"#, "null"),
         ] {
             assert_eq!(words(job).unwrap()[2], payload);
+        }
+        // Order, blanks, escapes, names that are there twice and numbers of any length.
+        for text in [
+            r#"{ "z": 1, "a": [1.0,  null], "a": "\u0041\/" }"#,
+            "12345678901234567890.10",
+            "1E400",
+            "-0",
+            &format!("{}{}", "[".repeat(200), "]".repeat(200)),
+        ] {
+            assert_eq!(words(format!("{{\"payload\": {text} , \"id\": \"a\"}}")).unwrap()[2], text);
         }
     }
 
@@ -374,6 +394,7 @@ mod tests {
             (json!({}), "payload"),
             (json!({"payload": "", "payload_base64": ""}), "not both"),
             (json!({"payload_base64": "%"}), "payload_base64"),
+            (json!({"payload_base64": 7}), "payload_base64"),
             (json!({"payload": "", "colour": 1}), "colour"),
             (json!({"payload": "", "payload_utf16": 1}), "payload_utf16"),
             (json!({"payload": "", "unique": {"key": "a"}}), "unique"),
@@ -384,6 +405,8 @@ mod tests {
             let error = words(job.clone()).expect_err(&job.to_string());
             assert!(error.text.contains(named), "{job}: {}", error.text);
         }
+        let half_a_pair = words(r#"{"payload": "\ud800"}"#).unwrap_err();
+        assert!(half_a_pair.text.contains("invalid payload: "), "{}", half_a_pair.text);
     }
 
     #[test]
