@@ -161,10 +161,20 @@ impl WebhookConfig {
             SchemeName::Hmac => ("none", "none"),
         };
         let id = place("id_from", self.id_from.as_deref().unwrap_or(id))?;
+        let scheme = self.scheme(&id)?;
+        // GitHub signs no header at all, and its deliveries have their id nowhere else.
+        let signs_id = scheme.signed.contains(&Part::Id) || self.scheme == SchemeName::Github;
+        if matches!(id, Some(Place::Header(_))) && !signs_id {
+            return Err(
+                "id_from is a header that is not signed, so that who overhears a delivery could send it again under \
+                        another id: expected {id} in signed (scheme hmac), json:FIELD or none"
+                    .into(),
+            );
+        }
         Ok(Hook {
             path: self.path.clone(),
             queue: Name::parse(self.queue.as_bytes()).map_err(|error| format!("queue: {}", error.text))?,
-            scheme: self.scheme(&id)?,
+            scheme,
             keys: secrets.into_iter().map(key).collect(),
             tolerance_ms: self.tolerance_ms,
             body_bytes_max: self.body_bytes_max,
@@ -301,6 +311,7 @@ mod tests {
         ];
         assert_eq!(own.unwrap().scheme.signed, expected);
         assert_eq!(one("scheme = 'hmac'\nsecret = 'hush'").unwrap().scheme.signed, [Part::Body]);
+        assert!(one("scheme = 'hmac'\nsecret = 'hush'\nid_from = 'json:id'").is_ok());
     }
 
     #[test]
@@ -345,6 +356,9 @@ mod tests {
             (format!("{hmac}signed = '{{timestamp}}{{body}}'"), "timestamp_header"),
             (format!("{hmac}timestamp_header = 'X-At'\nsigned = '{{body}}'"), "timestamp_header"),
             (format!("{hmac}signed = '{{id}}{{body}}'\nid_from = 'json:id'"), "header:NAME"),
+            (format!("{hmac}id_from = 'header:X-Id'"), "{id} in signed"),
+            (format!("{hmac}id_from = 'header:X-Id'\ntimestamp_header = 'X-At'"), "{id} in signed"),
+            ("scheme = 'stripe'\nsecret = 'hush'\nid_from = 'header:X-Id'".into(), "json:FIELD"),
         ] {
             let error = one(&text).unwrap_err();
             assert!(error.contains(named), "{text}: {error}");
