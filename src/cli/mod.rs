@@ -54,9 +54,10 @@ impl Exit {
 
 /// A job queue that any Redis client can use.
 ///
-/// Every setting of the configuration file has a variable too: `[limits] payload_bytes_max` is
-/// GOFLOW_LIMITS_PAYLOAD_BYTES_MAX, the shards are GOFLOW_SHARDS=name=url,name=url. Flags go over variables and these
-/// over the file.
+/// Settings of the configuration file have variables too: `[limits] payload_bytes_max` is
+/// GOFLOW_LIMITS_PAYLOAD_BYTES_MAX, the shards are GOFLOW_SHARDS=name=url,name=url. Only the file has `[[list]]`,
+/// `[[webhook]]`, `[[sink]]`, `[[alert]]`, and the password_file of a shard. Flags go over variables and these over the
+/// file.
 #[derive(Debug, Parser)]
 #[command(name = "goflow", version, args_conflicts_with_subcommands = true, max_term_width = 100)]
 struct Arguments {
