@@ -151,7 +151,13 @@ fn whoever_stops_a_proxy_waits_longer_than_it_drains_and_keepalives_outlive_the_
     assert!(seconds(&yaml("docker-compose.yml")[0]["services"]["goflow"]["stop_grace_period"]) > drain_s);
     for file in ["kubernetes/deployment.yml", "kubernetes/sidecar.yml"] {
         let pod = &yaml(file)[0]["spec"]["template"]["spec"];
-        assert!(pod["terminationGracePeriodSeconds"].as_u64().unwrap() > drain_s, "{file}");
+        let pauses = pod["containers"].as_array().unwrap().iter();
+        let pauses =
+            pauses.map(|container| container["lifecycle"]["preStop"]["sleep"]["seconds"].as_u64().unwrap_or(0));
+        let pause_s: u64 = pauses.sum();
+        assert!(pod["terminationGracePeriodSeconds"].as_u64().unwrap() > drain_s + pause_s, "{file}");
+        // A sidecar is stopped after its application, which is its only client.
+        assert_eq!(pause_s > 0, file.contains("deployment"), "{file}");
     }
     let unit = text("goflow.service");
     let stop = unit.lines().find_map(|line| line.strip_prefix("TimeoutStopSec=")).unwrap();
