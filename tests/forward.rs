@@ -305,6 +305,32 @@ fn a_command_that_only_the_servers_know_goes_where_its_keys_live() {
 }
 
 #[test]
+fn what_is_about_connections_or_the_server_does_not_reach_a_shard() {
+    let farm = farm(1);
+    let (mut wire, mut shard) = (farm.goflow.wire(), farm.shards[0].wire());
+    for refused in [
+        "CLIENT TRACKING ON",
+        "client pause 60000",
+        "CLIENT NOSUCH",
+        "ACL SETUSER mallory on nopass ~* +@all",
+        "ACL LIST",
+        "MODULE LOAD /nosuch.so",
+        "LASTSAVE",
+    ] {
+        let told = wire.say(refused);
+        assert!(told.text().starts_with("ERR unknown "), "{refused}: {told:?}");
+    }
+    let long = "x".repeat(65);
+    assert!(wire.call(&[&long]).text().starts_with("ERR unknown command"));
+    assert_eq!(shard.say("ACL USERS"), array(&["default"]));
+    assert_eq!(wire.say("SET key 1"), Value::Simple("OK".into()));
+    // In a transaction it spoils it, as in Redis.
+    wire.say("MULTI");
+    assert!(wire.say("CLIENT TRACKING ON").text().starts_with("ERR unknown subcommand"));
+    assert!(wire.say("EXEC").is_error("EXECABORT"));
+}
+
+#[test]
 fn keys_of_a_group_live_together() {
     let together = [("GOFLOW_FORWARD_TOGETHER", "arq:*, stat:* processes")];
     let fleet = Fleet::start_with(4, 1, &[], &together);

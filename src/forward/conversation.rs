@@ -16,6 +16,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::hub::{Inbox, Kind, is_own};
 use super::{Forwarded, Request, Shape, Started, Ways, check_key, cross_shard, park, put_request, spread, submit_unit};
+use crate::command;
 use crate::command::ordinary::{How, Row, Step, Talk};
 use crate::dispatch::feed::wish_of;
 use crate::error::{Code, Error, Happened, Result};
@@ -124,10 +125,15 @@ impl Conversation {
         }
     }
 
-    /// A command that is not in our table and may be in a server's.
+    /// A command that is not in our tables and may be in a server's.
     pub fn start_unknown(&mut self, words: &[Bytes], protocol: Protocol, unknown: Error) -> Started {
         if let Some(queue) = &mut self.queue {
             queue.spoilt = true;
+            return unknown.into();
+        }
+        // A subcommand that a command of ours lacks (`CLIENT TRACKING`, `ACL SETUSER`) would be about the shared link, or
+        // about the whole server.
+        if words.first().is_none_or(|name| command::lookup(name).is_some()) {
             return unknown.into();
         }
         self.follow();

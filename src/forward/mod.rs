@@ -36,8 +36,9 @@ use park::Park;
 pub const OWN_KEYS: &[u8] = b"goflow:";
 /// Links kept for transactions that watch keys, for each thread, shard and protocol.
 const DEDICATED_KEPT: usize = 8;
-/// Commands of a server that our table lacks, remembered.
+/// Commands of a server that our table lacks, remembered; and the longest name that one can have.
 const LEARNED_MAX: usize = 1_000;
+const LEARNED_NAME_MAX: usize = 64;
 
 /// What all threads share.
 pub struct Forwarding {
@@ -298,7 +299,7 @@ impl Ways {
 
     /// Where the keys of a command stand that our table lacks, as the first shard says; `None`: it is not forwarded.
     pub async fn learn(self: Arc<Self>, words: &[Bytes]) -> Option<Keys> {
-        let name = words.first()?.to_ascii_lowercase();
+        let name = words.first().filter(|name| name.len() <= LEARNED_NAME_MAX)?.to_ascii_lowercase();
         if let Some(known) = self.shared.learned.get(&name) {
             return *known;
         }
@@ -315,12 +316,25 @@ impl Ways {
     }
 }
 
-/// Reads one entry of `COMMAND INFO`; what waits, talks or is for operators is not to be forwarded.
+/// Reads one entry of `COMMAND INFO`; what waits, talks, changes the connection or is for operators is not to be forwarded.
+/// Nor is what has subcommands: its entry says nothing of what they do.
 fn keys_reported(reply: &Bytes) -> Option<Keys> {
-    const BARRED: [&[u8]; 6] = [b"blocking", b"pubsub", b"admin", b"noscript", b"no_multi", b"movablekeys"];
+    const BARRED: [&[u8]; 8] = [
+        b"blocking",
+        b"pubsub",
+        b"admin",
+        b"noscript",
+        b"no_multi",
+        b"movablekeys",
+        // Categories, which newer servers report beside the flags.
+        b"@connection",
+        b"@dangerous",
+    ];
     let fields = cut::items(cut::items(reply)?.first()?)?;
-    let flags = cut::items(fields.get(2)?)?;
-    if flags.iter().filter_map(cut::text).any(|flag| BARRED.contains(&flag.as_ref())) {
+    let list = |at: usize| fields.get(at).and_then(cut::items).unwrap_or_default();
+    let (flags, categories, subcommands) = (cut::items(fields.get(2)?)?, list(6), list(9));
+    let is_barred = flags.iter().chain(&categories).filter_map(cut::text).any(|word| BARRED.contains(&word.as_ref()));
+    if is_barred || !subcommands.is_empty() {
         return None;
     }
     let number = |at: usize| fields.get(at).and_then(cut::integer);
@@ -462,4 +476,32 @@ pub struct Request<'a> {
     pub protocol: Protocol,
     /// Of the client that sent it.
     pub backlog: &'a Arc<Backlog>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An entry of `COMMAND INFO`, as Redis 7 writes it, with these flags, categories and subcommands.
+    fn entry(first: i64, flags: &[&'static str], categories: &[&'static str], subcommands: &[&'static str]) -> Bytes {
+        let list = |words: &[&'static str]| Reply::Array(words.iter().map(|word| Reply::Simple(word)).collect());
+        let numbers = [first, first, 1].map(Reply::Integer);
+        let head = [Reply::text("name"), Reply::Integer(-2), list(flags)];
+        let tail = [list(categories), list(&[]), list(&[]), list(subcommands)];
+        let mut out = BytesMut::new();
+        let fields = head.into_iter().chain(numbers).chain(tail).collect();
+        Reply::Array(vec![Reply::Array(fields)]).encode(Protocol::Resp2, &mut out);
+        out.freeze()
+    }
+
+    #[test]
+    fn only_what_works_on_keys_is_learned_from_a_server() {
+        let one = Some(Keys::Range { first: 1, last: 1, step: 1 });
+        assert_eq!(keys_reported(&entry(1, &["write", "fast"], &["@write", "@hash"], &[])), one);
+        assert_eq!(keys_reported(&entry(0, &["readonly"], &["@read"], &[])), Some(Keys::None));
+        assert_eq!(keys_reported(&entry(0, &[], &["@slow"], &["client|tracking"])), None);
+        assert_eq!(keys_reported(&entry(0, &["fast"], &["@fast", "@connection"], &[])), None);
+        assert_eq!(keys_reported(&entry(0, &["admin"], &[], &[])), None);
+        assert_eq!(keys_reported(&Bytes::from_static(b"*1\r\n*-1\r\n")), None);
+    }
 }
