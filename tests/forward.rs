@@ -383,6 +383,76 @@ fn a_transaction_stays_on_one_shard_and_a_watched_key_ends_it() {
 }
 
 #[test]
+fn a_watch_whose_connection_was_lost_ends_the_transaction() {
+    let farm = farm(1);
+    let (mut wire, mut shard) = (farm.goflow.wire(), farm.shards[0].wire());
+    let mut cut = || assert!(shard.say("CLIENT KILL TYPE normal SKIPME yes").integer() > 0);
+    for again in [false, true] {
+        assert_eq!(wire.say("WATCH key").text(), "OK");
+        cut();
+        // Watching more on a new connection does not bring the first watch back.
+        if again {
+            assert_eq!(wire.say("WATCH other").text(), "OK");
+        }
+        eventually!("the shared link is there again", (wire.say("SET key 1").text() == "OK").then_some(()));
+        wire.say("MULTI");
+        wire.say("SET key lost");
+        assert_eq!(wire.say("EXEC"), Value::Null);
+        assert_eq!(wire.say("GET key").text(), "1");
+    }
+    // A watch that was refused is none.
+    let mut shard = farm.shards[0].wire();
+    shard.say("CONFIG SET requirepass secret");
+    shard.say("CLIENT KILL TYPE normal SKIPME yes");
+    let refused = wire.say("WATCH key");
+    assert!(matches!(refused, Value::Error(_)), "{refused:?}");
+    shard.call(&["CONFIG", "SET", "requirepass", ""]);
+    eventually!("the shared link is there again", (wire.say("SET key 1").text() == "OK").then_some(()));
+    wire.say("MULTI");
+    wire.say("INCR key");
+    assert_eq!(wire.say("EXEC"), Value::Array(vec![Value::Integer(2)]));
+}
+
+#[test]
+fn what_is_pipelined_around_a_watched_transaction_keeps_its_order() {
+    let farm = farm(1);
+    let mut wire = farm.goflow.wire();
+    let lines = ["SET key 1", "WATCH key", "GET key", "MULTI", "INCR key", "EXEC", "GET key", "SET key 9"];
+    let requests: Vec<u8> = lines.iter().flat_map(|line| encode(&line.split(' ').collect::<Vec<_>>())).collect();
+    for _ in 0..200 {
+        wire.send_raw(&requests);
+        let replies: Vec<Value> = lines.iter().map(|_| wire.read()).collect();
+        assert_eq!(replies[2].text(), "1");
+        assert_eq!(replies[5], Value::Array(vec![Value::Integer(2)]));
+        assert_eq!(replies[6].text(), "2");
+    }
+}
+
+#[test]
+fn connections_of_watching_clients_are_few_when_they_are_gone() {
+    let farm = farm(1);
+    let connections = || farm.shards[0].wire().say("CLIENT LIST").text().lines().count();
+    let before = connections();
+    let mut watching: Vec<Wire> = (0..60).map(|_| farm.goflow.wire()).collect();
+    for wire in &mut watching {
+        assert_eq!(wire.say("WATCH key").text(), "OK");
+    }
+    assert!(connections() >= before + 60);
+    drop(watching);
+    // Each thread keeps eight.
+    let threads = std::thread::available_parallelism().unwrap().get();
+    eventually!("the rest is closed", (connections() <= before + threads * (8 + 1)).then_some(()));
+    // What broke is not kept.
+    let mut wire = farm.goflow.wire();
+    for _ in 0..30 {
+        assert_eq!(wire.say("WATCH key").text(), "OK");
+        farm.shards[0].wire().say("CLIENT KILL TYPE normal SKIPME yes");
+        assert_eq!(wire.say("UNWATCH").text(), "OK");
+    }
+    eventually!("nothing is left of them", (connections() <= before + 4).then_some(()));
+}
+
+#[test]
 fn a_blocked_client_is_served_from_any_shard_in_the_order_of_arrival() {
     let farm = farm(4);
     let mut wire = farm.goflow.wire();

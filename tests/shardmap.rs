@@ -157,7 +157,21 @@ fn a_shard_is_removed_when_it_is_empty_and_not_before() {
     assert_eq!(shards(&fleet.proxies[0])[1].1, "up", "a refusal changes nothing");
     let receipt = wire.say("GOFLOW.DEQUEUE main SHARDS 1 s1").field("receipt").text();
     assert_eq!(wire.call(&["GOFLOW.ACK", "main", &receipt]), Value::Integer(1));
+    // Links of every kind: for ordinary commands, for what is watched, and to listen.
+    let mut listener = fleet.proxies[0].wire();
+    listener.say("PSUBSCRIBE *");
+    for number in 0..20 {
+        wire.say(&format!("WATCH key{number}"));
+        wire.say(&format!("GET key{number}"));
+        wire.say("UNWATCH");
+    }
     ok(&mut wire, "GOFLOW.SHARD REMOVE s1");
+    eventually!("no thread that is in use has a link to it", {
+        fleet.proxies.iter().for_each(|proxy| drop(proxy.wire().say("GET key")));
+        let list = fleet.shards[1].wire().say("CLIENT LIST").text();
+        let is_link = |line: &&str| ["cmd=get", "cmd=unwatch", "cmd=psubscribe"].iter().any(|mark| line.contains(mark));
+        list.lines().find(is_link).is_none().then_some(())
+    });
     let names: Vec<String> = agree(&fleet, 3).into_iter().map(|shard| shard.0).collect();
     assert_eq!(names, ["s0", "s2"]);
     // Its jobs that were over are forgotten with it; that is no error.

@@ -8,22 +8,24 @@
 //! Promises: nothing of a client that went away stays on a connection that others use; a transaction whose watching
 //! connection broke is not run.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 
 use super::hub::{Inbox, Kind, is_own};
-use super::{Forwarded, Request, Shape, Started, Ways, check_key, cross_shard, park, put_request, spread, submit_unit};
+use super::{
+    Dedicated, Forwarded, Request, Shape, Started, Ways, check_key, cross_shard, park, put_request, raw, spread,
+};
 use crate::command;
 use crate::command::ordinary::{How, Row, Step, Talk};
 use crate::dispatch::feed::wish_of;
 use crate::error::{Code, Error, Happened, Result};
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::{cut, glob};
-use crate::shard::Keyspace;
 use crate::shard::redis::link::{Backlog, Link};
+use crate::shard::{Keys, Keyspace};
 
 /// Most requests, and bytes of them, that one transaction queues.
 const QUEUED_MAX: usize = 65_536;
@@ -45,10 +47,10 @@ struct Queue {
 
 /// Keys that are watched.
 enum Watching {
-    /// On a connection of their own, as long as that is the same one.
-    Link { link: Arc<Link>, generation: u64, protocol: Protocol },
+    /// On a connection of their own.
+    Server(Dedicated),
     /// By their versions, in this process.
-    Local(Vec<(Bytes, u64)>),
+    Local(BTreeMap<Bytes, u64>),
 }
 
 /// One connection's state for ordinary commands.
@@ -58,7 +60,7 @@ pub struct Conversation {
     wake: Arc<dyn Fn() + Send + Sync>,
     backlog: Arc<Backlog>,
     queue: Option<Queue>,
-    watching: Arc<std::sync::Mutex<Option<(usize, Watching)>>>,
+    watching: Arc<Mutex<Option<(usize, Watching)>>>,
     inbox: Option<Arc<Inbox>>,
     subscribed: [BTreeSet<Bytes>; 3],
 }
@@ -96,8 +98,7 @@ impl Conversation {
 
     /// Goes by the present shard map, but in the middle of a transaction.
     fn follow(&mut self) {
-        let is_free = || self.watching.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_none();
-        if !self.ways.is_current() && self.queue.is_none() && is_free() {
+        if !self.ways.is_current() && self.queue.is_none() && lock(&self.watching).is_none() {
             self.ways = Ways::of_thread(&self.ways.shared);
         }
     }
@@ -272,7 +273,7 @@ impl Conversation {
             self.unwatch();
             return Error::new(Code::ExecAbort, "Transaction discarded because of previous errors.").into();
         }
-        let watching = self.watching.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let watching = lock(&self.watching).take();
         let Some((shard, watching)) = watching else {
             return match (queue.requests.is_empty(), queue.shard) {
                 (true, _) => Started::Reply(Reply::Array(Vec::new())),
@@ -283,72 +284,56 @@ impl Conversation {
             };
         };
         if queue.shard.is_some_and(|own| own != shard) {
-            give_back(&self.ways, shard, watching);
             return cross_shard().into();
         }
         match watching {
             Watching::Local(watched) => {
+                let watched = watched.into_iter().collect();
                 Started::Forward(self.ways.run(shard, protocol, queue.requests, watched, Shape::Exec))
             }
-            Watching::Link { link, generation, protocol } => {
-                if link.generation() != generation {
-                    return Started::Reply(Reply::NullArray);
-                }
-                let shape = Shape::Exec;
-                let sent = submit_unit(&link, &queue.requests, shape, Some(self.backlog.clone()));
-                // EXEC ends the watch, and who takes the connection next sends behind it.
-                self.ways.give_dedicated(shard, protocol, link);
-                Started::Forward(sent)
+            // Begun at the head of the line, as WATCH is, and what follows waits: its connection is not the shared one.
+            Watching::Server(dedicated) => {
+                let backlog = self.backlog.clone();
+                Started::Later(Box::pin(async move {
+                    match dedicated.transact(&queue.requests, backlog) {
+                        Some(sent) => raw(sent.await),
+                        None => Reply::NullArray,
+                    }
+                }))
             }
         }
     }
 
+    /// Begun at the head of the line, when what was sent before is answered: on a connection of its own `WATCH` would
+    /// overtake that, and take a write of the client itself for a change.
     fn watch(&mut self, request: Request<'_>) -> Started {
         let Request { row, words, protocol, .. } = request;
         let shard = match self.ways.shard_of(row.keys, words) {
             Ok(shard) => shard,
             Err(error) => return error.into(),
         };
-        let mut watching = self.watching.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if watching.as_ref().is_some_and(|(known, _)| *known != shard) {
-            return cross_shard().into();
-        }
-        if let Keyspace::Local(keys) = &self.ways.ways[shard].keyspace {
-            let (_, known) = watching.get_or_insert_with(|| (shard, Watching::Local(Vec::new())));
-            if let Watching::Local(watched) = known {
-                watched.extend(words.iter().skip(1).map(|key| (key.clone(), keys.version(key))));
-            }
-            return Started::Reply(Reply::OK);
-        }
-        let (link, first) = match &*watching {
-            Some((_, Watching::Link { link, .. })) => (Some(link.clone()), false),
-            _ => (self.ways.take_dedicated(shard, protocol), true),
+        let mut watching = lock(&self.watching);
+        let is_first = match &*watching {
+            Some((known, _)) if *known != shard => return cross_shard().into(),
+            known => known.is_none(),
         };
-        let Some(link) = link else { return Error::bad("this shard takes no ordinary commands").into() };
-        let mut raw = BytesMut::new();
-        put_request(&mut raw, words);
-        let sent = link.submit(&raw, 1);
-        if first {
-            *watching = Some((shard, Watching::Link { link: link.clone(), generation: 0, protocol }));
+        let (state, words) = (self.watching.clone(), words.to_vec());
+        if let Keyspace::Local(keys) = &self.ways.ways[shard].keyspace {
+            watching.get_or_insert_with(|| (shard, Watching::Local(BTreeMap::new())));
+            let keys = keys.clone();
+            return Started::Later(Box::pin(async move { watch_local(&state, &*keys, &words) }));
         }
-        drop(watching);
-        let state = self.watching.clone();
-        Started::Later(Box::pin(async move {
-            let reply = sent.await.unwrap_or_else(|_| Err(super::link_gone()));
-            let mut watching = state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            if let Some((_, Watching::Link { generation, .. })) = &mut *watching {
-                // An earlier WATCH on another connection is lost: 0 never comes back, so EXEC will not run.
-                *generation = if first || *generation == link.generation() { link.generation() } else { 0 };
-            }
-            super::raw(reply)
-        }))
+        if is_first {
+            let Some(dedicated) = self.ways.dedicated(shard, protocol) else {
+                return Error::bad("this shard takes no ordinary commands").into();
+            };
+            *watching = Some((shard, Watching::Server(dedicated)));
+        }
+        Started::Later(Box::pin(watch_server(state, words, is_first)))
     }
 
     fn unwatch(&mut self) {
-        let watching = self.watching.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        if let Some((shard, watching)) = watching {
-            give_back(&self.ways, shard, watching);
-        }
+        lock(&self.watching).take();
     }
 
     fn channel(&mut self, talk: Talk, request: Request<'_>) -> Started {
@@ -473,12 +458,42 @@ impl Queue {
     }
 }
 
-/// Forgets the watch; the connection serves the next.
-fn give_back(ways: &Ways, shard: usize, watching: Watching) {
-    if let Watching::Link { link, protocol, .. } = watching {
-        drop(link.submit(b"*1\r\n$7\r\nUNWATCH\r\n", 1));
-        ways.give_dedicated(shard, protocol, link);
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn watch_local(state: &Mutex<Option<(usize, Watching)>>, keys: &dyn Keys, words: &[Bytes]) -> Reply {
+    let mut watching = lock(state);
+    let Some((_, Watching::Local(watched))) = &mut *watching else { return Reply::OK };
+    if watched.len() + words.len() > QUEUED_MAX {
+        return Error::new(Code::Overloaded, "too many keys are watched").into();
     }
+    for key in &words[1..] {
+        // A key that is watched already stays at the version that it had then.
+        watched.entry(Bytes::copy_from_slice(key)).or_insert_with(|| keys.version(key));
+    }
+    Reply::OK
+}
+
+async fn watch_server(state: Arc<Mutex<Option<(usize, Watching)>>>, words: Vec<Bytes>, is_first: bool) -> Reply {
+    let sent = match &*lock(&state) {
+        Some((_, Watching::Server(dedicated))) => {
+            let mut request = BytesMut::new();
+            put_request(&mut request, &words);
+            dedicated.link.submit(&request, 1)
+        }
+        _ => return Reply::OK,
+    };
+    let reply = sent.await.unwrap_or_else(|_| Err(super::link_gone()));
+    let mut watching = lock(&state);
+    if is_first && reply.as_ref().map_or(true, |reply| cut::is_error(reply)) {
+        *watching = None;
+    } else if let Some((_, Watching::Server(dedicated))) = &mut *watching {
+        let open = dedicated.link.connection();
+        // Where earlier keys were watched on another connection, they may have changed unseen.
+        dedicated.watching = open.filter(|_| is_first || dedicated.watching == open);
+    }
+    raw(reply)
 }
 
 /// The shards that a channel or pattern must be subscribed to at.

@@ -15,7 +15,8 @@ pub mod spread;
 use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
@@ -93,7 +94,13 @@ impl Forwarding {
         let mut changes = self.dispatcher.changes();
         while changes.changed().await.is_ok() {
             let ways = Ways::of_thread(&self);
-            self.parks.retain(|number, _| ways.ways.iter().any(|way| way.number == *number));
+            self.parks.retain(|number, park| {
+                let stays = ways.ways.iter().any(|way| way.number == *number);
+                if !stays && let Some(link) = park.listener() {
+                    link.close();
+                }
+                stays
+            });
             if !self.hub.is_silent() {
                 let listeners =
                     (0..ways.shards()).filter_map(|at| Some((ways.number(at), ways.park(at).listener()?.clone())));
@@ -113,6 +120,63 @@ struct Way {
     links: [OnceLock<Arc<Link>>; 2],
     /// Connections that nobody uses now, for transactions that watch keys.
     dedicated: [Mutex<Vec<Arc<Link>>>; 2],
+    /// The shard is not in the thread's map any more.
+    has_left: AtomicBool,
+}
+
+impl Way {
+    fn open(&self, dial: &Arc<dyn Dial>, protocol: Protocol, reply_bytes_max: usize) -> Arc<Link> {
+        let link = Link::spawn(self.name.clone(), dial.clone(), protocol, reply_bytes_max);
+        if self.has_left.load(Ordering::Relaxed) {
+            link.close();
+        }
+        link
+    }
+
+    fn kept(&self, protocol: Protocol) -> MutexGuard<'_, Vec<Arc<Link>>> {
+        self.dedicated[protocol as usize].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who is in the middle of something with the shard gets what is on its way, and nothing more.
+    fn leave(&self) {
+        self.has_left.store(true, Ordering::Relaxed);
+        self.links.iter().filter_map(OnceLock::get).for_each(|link| link.close());
+        for protocol in [Protocol::Resp2, Protocol::Resp3] {
+            self.kept(protocol).drain(..).for_each(|link| link.close());
+        }
+    }
+}
+
+/// A connection that nobody else uses until this is dropped, for keys that are watched. Then it watches nothing, and
+/// serves the next; or it is closed.
+struct Dedicated {
+    way: Arc<Way>,
+    protocol: Protocol,
+    link: Arc<Link>,
+    /// The number of the connection that the keys are watched on: `None` before the first is, and when it was lost.
+    watching: Option<u64>,
+}
+
+impl Dedicated {
+    /// Runs requests as one transaction, unless what was watched may have changed unseen.
+    fn transact(self, requests: &[Vec<Bytes>], backlog: Arc<Backlog>) -> Option<Forwarded> {
+        let (raw, replies) = unit(requests);
+        let sent = self.link.submit_on(self.watching?, &raw, replies, Some(backlog.clone()))?;
+        Some(Forwarded { from: From::Link(sent, Some(backlog)), shape: Shape::Exec })
+    }
+}
+
+impl Drop for Dedicated {
+    fn drop(&mut self) {
+        let unwatch = |connection| self.link.submit_on(connection, b"*1\r\n$7\r\nUNWATCH\r\n", 1, None);
+        let is_clean = self.watching.and_then(unwatch).is_some();
+        let mut kept = self.way.kept(self.protocol);
+        if is_clean && kept.len() < DEDICATED_KEPT && !self.way.has_left.load(Ordering::Relaxed) {
+            kept.push(self.link.clone());
+        } else {
+            self.link.close();
+        }
+    }
 }
 
 /// One thread's ways to every shard.
@@ -144,10 +208,14 @@ impl Ways {
                             keyspace: lane.shard().keyspace(),
                             links: Default::default(),
                             dedicated: Default::default(),
+                            has_left: AtomicBool::new(false),
                         })
                     })
                 };
-                let ways = map.lanes.iter().map(way).collect();
+                let ways: Vec<Arc<Way>> = map.lanes.iter().map(way).collect();
+                for gone in kept.iter().filter(|way| ways.iter().all(|present| !Arc::ptr_eq(present, way))) {
+                    gone.leave();
+                }
                 let ways = Arc::new(Ways { shared: shared.clone(), map, ways });
                 *known = Some(ways.clone());
                 ways
@@ -203,26 +271,17 @@ impl Ways {
     fn link(&self, shard: usize, protocol: Protocol) -> Option<&Arc<Link>> {
         let way = &self.ways[shard];
         let Keyspace::Server(dial) = &way.keyspace else { return None };
-        Some(way.links[protocol as usize].get_or_init(|| self.open(way, dial, protocol)))
+        let open = || way.open(dial, protocol, self.shared.reply_bytes_max);
+        Some(way.links[protocol as usize].get_or_init(open))
     }
 
-    fn open(&self, way: &Way, dial: &Arc<dyn Dial>, protocol: Protocol) -> Arc<Link> {
-        Link::spawn(way.name.clone(), dial.clone(), protocol, self.shared.reply_bytes_max)
-    }
-
-    /// A connection that nobody else uses until it is given back.
-    fn take_dedicated(&self, shard: usize, protocol: Protocol) -> Option<Arc<Link>> {
+    /// A connection that nobody else uses; `None` where the shard is no server.
+    fn dedicated(&self, shard: usize, protocol: Protocol) -> Option<Dedicated> {
         let way = &self.ways[shard];
         let Keyspace::Server(dial) = &way.keyspace else { return None };
-        let kept = way.dedicated[protocol as usize].lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Some(kept.unwrap_or_else(|| self.open(way, dial, protocol)))
-    }
-
-    fn give_dedicated(&self, shard: usize, protocol: Protocol, link: Arc<Link>) {
-        let mut kept = self.ways[shard].dedicated[protocol as usize].lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() < DEDICATED_KEPT {
-            kept.push(link);
-        }
+        let kept = way.kept(protocol).pop();
+        let link = kept.unwrap_or_else(|| way.open(dial, protocol, self.shared.reply_bytes_max));
+        Some(Dedicated { way: way.clone(), protocol, link, watching: None })
     }
 
     /// Sends a client's request as it came. What comes back counts for the client's backlog until it is taken.
@@ -277,7 +336,11 @@ impl Ways {
         backlog: Option<Arc<Backlog>>,
     ) -> Forwarded {
         match self.link(shard, protocol) {
-            Some(link) => submit_unit(link, &requests, shape, backlog),
+            Some(link) => {
+                let (raw, replies) = unit(&requests);
+                let sent = link.submit_for(&raw, replies, backlog.clone());
+                Forwarded { from: From::Link(sent, backlog), shape }
+            }
             None => self.run(shard, protocol, requests, Vec::new(), shape),
         }
     }
@@ -360,13 +423,12 @@ pub fn put_request(out: &mut BytesMut, words: &[Bytes]) {
     words.iter().for_each(|word| put_bulk(out, word));
 }
 
-/// `MULTI`, the requests and `EXEC`, in one piece.
-fn submit_unit(link: &Link, requests: &[Vec<Bytes>], shape: Shape, backlog: Option<Arc<Backlog>>) -> Forwarded {
+/// `MULTI`, the requests and `EXEC`, in one piece, and how many replies that will be.
+fn unit(requests: &[Vec<Bytes>]) -> (BytesMut, usize) {
     let mut raw = BytesMut::from(&b"*1\r\n$5\r\nMULTI\r\n"[..]);
     requests.iter().for_each(|words| put_request(&mut raw, words));
     raw.extend_from_slice(b"*1\r\n$4\r\nEXEC\r\n");
-    let replies = link.submit_for(&raw, requests.len() + 2, backlog.clone());
-    Forwarded { from: From::Link(replies, backlog), shape }
+    (raw, requests.len() + 2)
 }
 
 enum From {

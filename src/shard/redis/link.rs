@@ -13,7 +13,7 @@
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -119,6 +119,10 @@ struct State {
     due: VecDeque<Due>,
     /// Why requests are refused at once, while the link rests.
     down: Option<Arc<str>>,
+    /// The number of the connection that is open.
+    open: Option<u64>,
+    /// Takes no more requests, and ends when nothing is due.
+    closed: bool,
 }
 
 /// The submitting side; the driving task holds it, too.
@@ -126,8 +130,6 @@ pub struct Link {
     shard: Arc<str>,
     state: Mutex<State>,
     driver: AtomicWaker,
-    /// How many connections it has had.
-    generation: AtomicU64,
     reply_bytes_max: usize,
     on_heard: Option<OnHeard>,
     round_trips: Option<Histogram>,
@@ -157,7 +159,6 @@ impl Link {
             shard,
             state: Mutex::default(),
             driver: AtomicWaker::new(),
-            generation: AtomicU64::new(0),
             reply_bytes_max,
             on_heard,
         });
@@ -165,9 +166,15 @@ impl Link {
         link
     }
 
-    /// Changes with every connection: what was said on one (`WATCH`) holds only while this stays the same.
-    pub fn generation(&self) -> u64 {
-        self.generation.load(Ordering::Acquire)
+    /// The number of the open connection; no two have the same. What was said on one (`WATCH`) holds on that one alone.
+    pub fn connection(&self) -> Option<u64> {
+        self.state().open
+    }
+
+    /// Takes no more requests; the driver ends when nothing is due any more.
+    pub fn close(&self) {
+        self.state().closed = true;
+        self.driver.wake();
     }
 
     /// Sends one request, or several in a row, as well-formed arrays; `replies` says how many replies that will be. With
@@ -178,8 +185,29 @@ impl Link {
 
     /// The same, and what comes counts for this backlog until it is taken from there.
     pub fn submit_for(&self, request: &[u8], replies: usize, backlog: Option<Arc<Backlog>>) -> Replies {
+        self.put(self.state(), request, replies, backlog)
+    }
+
+    /// The same on this connection or not at all: `None` when it is not open any more.
+    pub fn submit_on(
+        &self,
+        connection: u64,
+        request: &[u8],
+        replies: usize,
+        backlog: Option<Arc<Backlog>>,
+    ) -> Option<Replies> {
+        let state = self.state();
+        (state.open == Some(connection)).then(|| self.put(state, request, replies, backlog))
+    }
+
+    fn put(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        request: &[u8],
+        replies: usize,
+        backlog: Option<Arc<Backlog>>,
+    ) -> Replies {
         let (answer, receiver) = oneshot::channel();
-        let mut state = self.state();
         if let Some(error) = self.refusal(&state) {
             drop(state);
             let _ = answer.send(Err(error));
@@ -199,6 +227,9 @@ impl Link {
     }
 
     fn refusal(&self, state: &State) -> Option<Error> {
+        if state.closed {
+            return Some(Error::shard_down(&self.shard, "is no longer used", Happened::No));
+        }
         if let Some(why) = &state.down {
             return Some(Error::shard_down(&self.shard, why, Happened::No));
         }
@@ -230,36 +261,46 @@ impl Link {
         }
     }
 
-    /// Ready when there is something to send.
+    /// Ready when there is something to send, or nothing ever will be.
     async fn demand(&self) {
         poll_fn(|context| {
             self.driver.register(context.waker());
-            if self.state().unsent.is_empty() { Poll::Pending } else { Poll::Ready(()) }
+            let state = self.state();
+            if state.unsent.is_empty() && !state.closed { Poll::Pending } else { Poll::Ready(()) }
         })
         .await;
     }
+
+    fn is_over(&self) -> bool {
+        let state = self.state();
+        state.closed && state.due.is_empty()
+    }
 }
 
-/// Opens connections for the link and serves them, for as long as the thread's runtime lives.
+/// Opens connections for the link and serves them, until it is closed.
 async fn drive(link: Arc<Link>, dial: Arc<dyn Dial>, protocol: Protocol) {
     let mut rest = REST_MIN;
-    loop {
+    for connection in 0.. {
         if link.on_heard.is_none() {
             link.demand().await;
+        }
+        if link.is_over() {
+            return;
         }
         let why = match timeout(DIAL_WAIT, dial.dial(protocol)).await {
             Ok(Ok(socket)) => {
                 rest = REST_MIN;
-                link.generation.fetch_add(1, Ordering::Release);
+                link.state().open = Some(connection);
                 link.hear(Heard::Opened);
                 let why = Connection::new(&link, socket).serve().await;
+                link.state().open = None;
                 link.hear(Heard::Lost);
                 why
             }
             Ok(Err(error)) => error.text.into_owned(),
             Err(_) => "did not answer in time".into(),
         };
-        if link.on_heard.is_none() && link.state().due.is_empty() {
+        if link.is_over() || (link.on_heard.is_none() && link.state().due.is_empty()) {
             // An idle connection was closed: nobody is hurt.
             continue;
         }
@@ -330,6 +371,9 @@ impl<'a> Connection<'a> {
         }
         if let Err(why) = self.read(context) {
             return Poll::Ready(why);
+        }
+        if self.link.is_over() {
+            return Poll::Ready("is no longer used".into());
         }
         while self.look.poll_tick(context).is_ready() {
             if self.link.state().due.is_empty() {
