@@ -406,7 +406,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             if !self.settings.lists.is_empty()
                 && let Some(rule) = durable::find(&self.settings.lists, row, words)
             {
-                if let Some(refusal) = self.conversation.spoil(row.name) {
+                if let Some(refusal) = self.conversation.refuse(row.name, protocol) {
                     return self.push(refusal.into());
                 }
                 let (limits, dispatcher) = (&self.settings.limits, &self.process.dispatcher);
@@ -605,14 +605,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     }
 
     fn reset(&mut self) -> Reply {
-        self.conversation.reset();
+        let messages = self.conversation.reset();
         self.context.protocol = Protocol::Resp2;
         self.peer.resp3.store(false, Ordering::Relaxed);
         self.peer.set_labels(|labels| labels.name = Bytes::new());
         self.reply_mode = ReplyMode::On;
         self.authenticated = !self.settings.auth.is_needed();
         self.parser.set_bounds(if self.authenticated { self.settings.bounds } else { Bounds::UNAUTHENTICATED });
-        Reply::Simple("RESET")
+        Reply::Many(vec![messages, Reply::Simple("RESET")])
     }
 
     /// Sends what is written; pending while the socket is full.

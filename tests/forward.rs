@@ -565,6 +565,57 @@ fn messages_reach_subscribers_on_every_proxy_once() {
     assert_eq!(here.say("GET key"), Value::Null);
 }
 
+fn pushed(words: &[&str], count: i64) -> Vec<Value> {
+    words.iter().map(|word| Value::Bulk((*word).into())).chain([Value::Integer(count)]).collect()
+}
+
+#[test]
+fn a_subscription_begins_with_its_confirmation_and_ends_with_its_last_message() {
+    let farm = farm(2);
+    let (mut wire, mut other) = (farm.goflow.wire(), farm.goflow.wire());
+    let channels: Vec<String> = (0..50).map(|number| format!("c{number}")).collect();
+    for round in 0..20 {
+        // Somebody publishes on the first channel all the while.
+        let first = format!("c{round}");
+        (0..200).for_each(|_| other.send(&["PUBLISH", &first, "x"]));
+        let names = || [&[first.as_str()][..], &channels.iter().map(String::as_str).collect::<Vec<_>>()].concat();
+        wire.send(&[&["SUBSCRIBE"], &names()[..]].concat());
+        for place in 0..names().len() {
+            assert_eq!(wire.read().items()[0].text(), "subscribe", "{place}");
+        }
+        wire.send(&["UNSUBSCRIBE"]);
+        wire.send(&["GET", "nothing"]);
+        let mut left = channels.len();
+        while left > 0 {
+            left -= usize::from(wire.read().items()[0].text() == "unsubscribe");
+        }
+        assert_eq!(wire.read(), Value::Null);
+        (0..200).for_each(|_| drop(other.read()));
+    }
+}
+
+#[test]
+fn reset_brings_the_last_messages_and_the_next_subscription_speaks_the_new_protocol() {
+    let farm = farm(1);
+    let (mut wire, mut other) = (farm.goflow.wire(), farm.goflow.wire());
+    assert_eq!(wire.say("SUBSCRIBE news"), Value::Array(pushed(&["subscribe", "news"], 1)));
+    // In RESP2 a subscriber says nothing else, be it unknown here.
+    for refused in ["GET key", "HGETEX key FIELDS 1 f", "GOFLOW.LEN queue"] {
+        assert!(wire.say(refused).text().starts_with("ERR Can't execute '"), "{refused}");
+    }
+    assert_eq!(other.say("PUBLISH news last"), Value::Integer(1));
+    // The message may be lost by the one that leaves, but does not come after.
+    wire.say("RESET");
+    if let Ok(second) = wire.try_read(Duration::from_millis(50)) {
+        assert_eq!(second, Value::Simple("RESET".into()));
+    }
+    wire.say("HELLO 3");
+    assert_eq!(wire.say("SUBSCRIBE news"), Value::Push(pushed(&["subscribe", "news"], 1)));
+    other.say("PUBLISH news again");
+    assert_eq!(wire.read(), Value::Push(array(&["message", "news", "again"]).items().to_vec()));
+    assert_eq!(wire.say("GET key"), Value::Null);
+}
+
 #[test]
 fn what_is_in_flight_when_a_shard_dies_is_answered_and_the_next_goes_through() {
     let mut farm = farm(1);

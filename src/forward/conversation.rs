@@ -16,7 +16,8 @@ use bytes::{Bytes, BytesMut};
 
 use super::hub::{Inbox, Kind, is_own};
 use super::{
-    Dedicated, Forwarded, Request, Shape, Started, Ways, check_key, cross_shard, park, put_request, raw, spread,
+    Dedicated, Forwarded, Forwarding, LEARNED_NAME_MAX, Request, Shape, Started, Ways, check_key, cross_shard, park,
+    put_request, raw, spread,
 };
 use crate::command;
 use crate::command::ordinary::{How, Row, Step, Talk};
@@ -90,8 +91,16 @@ impl Conversation {
         self.inbox.as_ref()
     }
 
+    /// Refuses a command that is no ordinary one where the connection has subscribed, or is in a transaction.
+    pub fn refuse(&mut self, name: &str, protocol: Protocol) -> Option<Started> {
+        match self.confined(name, protocol, false) {
+            Some(refusal) => Some(refusal.into()),
+            None => self.spoil(name),
+        }
+    }
+
     /// Refuses a command that cannot stand in a transaction, if one is being queued, and the transaction with it.
-    pub fn spoil(&mut self, name: &str) -> Option<Started> {
+    fn spoil(&mut self, name: &str) -> Option<Started> {
         self.queue.as_mut()?.spoilt = true;
         Some(Error::bad(format!("{name} is not for transactions")).into())
     }
@@ -134,8 +143,11 @@ impl Conversation {
         }
         // A subcommand that a command of ours lacks (`CLIENT TRACKING`, `ACL SETUSER`) would be about the shared link, or
         // about the whole server.
-        if words.first().is_none_or(|name| command::lookup(name).is_some()) {
-            return unknown.into();
+        let Some(name) = words.first().filter(|name| command::lookup(name).is_none()) else { return unknown.into() };
+        if name.len() <= LEARNED_NAME_MAX
+            && let Some(refusal) = self.confined(&String::from_utf8_lossy(name), protocol, false)
+        {
+            return refusal.into();
         }
         self.follow();
         spread::start_unknown(&self.ways, words.to_vec(), protocol, unknown)
@@ -178,15 +190,27 @@ impl Conversation {
         })
     }
 
-    /// Leaves everything: `RESET`, or the end of the connection.
-    pub fn reset(&mut self) {
+    /// Leaves everything: `RESET`, or the end of the connection. Gives the messages that came before.
+    pub fn reset(&mut self) -> Reply {
         self.queue = None;
         self.unwatch();
         for kind in Kind::ALL {
             for name in std::mem::take(&mut self.subscribed[kind as usize]) {
-                leave(&self.ways, kind, &name, self.client_id);
+                leave(&self.ways.shared, kind, &name, self.client_id);
             }
         }
+        self.messages()
+    }
+
+    /// What has come and must be read before the reply that ends a subscription. With the last one the inbox goes, since
+    /// the next may be in another protocol; but not one that overflowed, which ends the connection.
+    fn messages(&mut self) -> Reply {
+        let mut messages = BytesMut::new();
+        let keeps_up = self.inbox.as_ref().is_none_or(|inbox| inbox.drain(&mut messages));
+        if keeps_up && self.subscriptions() == 0 {
+            self.inbox = None;
+        }
+        Reply::Raw(messages.freeze())
     }
 
     fn transaction(&mut self, step: Step, request: Request<'_>) -> Started {
@@ -350,7 +374,10 @@ impl Conversation {
             Talk::ShardUnsubscribe => self.unsubscribe(Kind::Shard, words),
             Talk::Publish => self.publish(Kind::Channel, request),
             Talk::ShardPublish => self.publish(Kind::Shard, request),
-            Talk::Ask => ask(&self.ways, request),
+            Talk::Ask => {
+                let (ways, words) = (self.ways.clone(), words.to_vec());
+                Started::Later(Box::pin(async move { ask(&ways, &words, protocol).await }))
+            }
         }
     }
 
@@ -359,27 +386,25 @@ impl Conversation {
         let wake = self.wake.clone();
         let inbox =
             self.inbox.get_or_insert_with(|| Inbox::new(self.client_id, protocol, Box::new(move || wake()))).clone();
-        let mut steps = Vec::new();
+        // While keys are watched the conversation may go by an older map.
+        let ways = Ways::of_thread(&self.ways.shared);
+        let (mut new, mut confirmations, mut replies) = (Vec::new(), Vec::new(), Vec::new());
         for name in &words[1..] {
-            let new = self.subscribed[kind as usize].insert(name.clone());
-            let confirmed = if new { announce(&self.ways, kind, name) } else { Vec::new() };
-            steps.push((name.clone(), new, confirmed, self.count(kind)));
-        }
-        let ways = self.ways.clone();
-        Started::Later(Box::pin(async move {
-            let mut replies = Vec::new();
-            for (name, new, confirmed, count) in steps {
-                for reply in confirmed {
-                    if let Err(error) = confirm(reply).await {
-                        tracing::debug!(%error, "a subscription waits for its shard");
-                    }
-                }
-                if new {
-                    ways.shared.hub.listen(kind, &name, &inbox);
-                }
-                let parts = vec![Reply::text(kind.subscribe()), Reply::Bulk(name), Reply::Integer(count)];
-                replies.push(Reply::Push(parts));
+            if self.subscribed[kind as usize].insert(name.clone()) {
+                confirmations.extend(announce(&ways, kind, name));
+                new.push(name.clone());
             }
+            let count = Reply::Integer(self.count(kind));
+            replies.push(Reply::Push(vec![Reply::text(kind.subscribe()), Reply::Bulk(name.clone()), count]));
+        }
+        Started::Later(Box::pin(async move {
+            for confirmation in confirmations {
+                if let Err(error) = confirm(confirmation).await {
+                    tracing::debug!(%error, "a subscription waits for its shard");
+                }
+            }
+            // Only now, so that no message stands before a confirmation.
+            new.iter().for_each(|name| ways.shared.hub.listen(kind, name, &inbox));
             Reply::Many(replies)
         }))
     }
@@ -397,10 +422,11 @@ impl Conversation {
         let mut replies = Vec::new();
         for name in names {
             if self.subscribed[kind as usize].remove(&name) {
-                leave(&self.ways, kind, &name, self.client_id);
+                leave(&self.ways.shared, kind, &name, self.client_id);
             }
             replies.push(said(self.count(kind), Reply::Bulk(name)));
         }
+        replies.insert(0, self.messages());
         Started::Reply(Reply::Many(replies))
     }
 
@@ -423,7 +449,7 @@ impl Conversation {
         }
         let home = self.ways.home(channel);
         if let Keyspace::Local(_) = &self.ways.ways[home].keyspace {
-            return Started::Reply(Reply::count(self.ways.shared.hub.publish(channel, payload) as u64));
+            return Started::Reply(Reply::count(self.ways.shared.hub.publish(kind, channel, payload) as u64));
         }
         let sent = self.ways.pass(home, protocol, raw, words);
         let (clients, subscriptions) = self.ways.shared.hub.audience(kind, channel);
@@ -552,13 +578,17 @@ async fn confirm(confirmation: Confirmation) -> Result<()> {
     }
 }
 
-fn leave(ways: &Ways, kind: Kind, name: &Bytes, client_id: u64) {
-    let homes = homes(ways, kind, name);
-    let listeners: Vec<Arc<Link>> = homes.iter().filter_map(|shard| ways.park(*shard).listener().cloned()).collect();
-    ways.shared.hub.leave(kind, name, client_id, || {
+/// The last that leaves unsubscribes where the topic has its home now, which may be another than when it came.
+fn leave(shared: &Forwarding, kind: Kind, name: &Bytes, client_id: u64) {
+    shared.hub.leave(kind, name, client_id, |home| {
+        let Some(home) = home else { return };
         let mut raw = BytesMut::new();
         put_request(&mut raw, &[Bytes::from_static(kind.unsubscribe().as_bytes()), name.clone()]);
-        listeners.iter().for_each(|link| drop(link.submit(&raw, 0)));
+        for park in shared.parks.iter().filter(|park| kind == Kind::Pattern || *park.key() == home) {
+            if let Some(link) = park.listener() {
+                drop(link.submit(&raw, 0));
+            }
+        }
     });
 }
 
@@ -573,53 +603,57 @@ fn with_audience(reply: Result<Bytes>, difference: i64) -> Reply {
     }
 }
 
-/// `PUBSUB`.
-fn ask(ways: &Arc<Ways>, request: Request<'_>) -> Started {
-    let Request { words, protocol, raw, .. } = request;
+/// `PUBSUB`. What is subscribed to at a shard in this process only the hub knows.
+async fn ask(ways: &Ways, words: &[Bytes], protocol: Protocol) -> Reply {
     let what = words.get(1).map(|word| word.to_ascii_uppercase()).unwrap_or_default();
-    let ways = ways.clone();
     let kind = if what.starts_with(b"SHARD") { Kind::Shard } else { Kind::Channel };
-    match what.as_slice() {
-        b"NUMSUB" | b"SHARDNUMSUB" => {
-            let words = words.to_vec();
-            Started::Later(Box::pin(async move { numsub(&ways, kind, &words, protocol).await }))
-        }
-        b"CHANNELS" | b"SHARDCHANNELS" => {
-            let sent: Vec<Forwarded> = (0..ways.shards()).map(|shard| ways.pass(shard, protocol, raw, words)).collect();
-            let pattern = words.get(2).cloned();
-            Started::Later(Box::pin(async move {
-                let mut names: BTreeSet<Bytes> = BTreeSet::new();
-                for reply in sent {
-                    match reply.await {
-                        Ok(reply) if cut::is_error(&reply) => return Reply::Raw(reply),
-                        Ok(reply) => names.extend(cut::items(&reply).unwrap_or_default().iter().filter_map(cut::text)),
-                        Err(error) => return error.into(),
-                    }
-                }
-                if kind == Kind::Channel {
-                    let own = ways.shared.hub.own_channels().into_iter();
-                    names
-                        .extend(own.filter(|name| pattern.as_ref().is_none_or(|pattern| glob::matches(pattern, name))));
-                }
-                Reply::Array(names.into_iter().map(Reply::Bulk).collect())
-            }))
-        }
-        _ => Started::Forward(ways.pass(0, protocol, raw, words)),
+    match (what.as_slice(), words.len()) {
+        (b"NUMSUB" | b"SHARDNUMSUB", _) => numsub(ways, kind, words, protocol).await,
+        (b"CHANNELS" | b"SHARDCHANNELS", 2 | 3) => channels(ways, kind, words, protocol).await,
+        _ if !ways.is_local(0) => raw(ways.send(0, protocol, words.to_vec()).await),
+        (b"NUMPAT", 2) => Reply::count(ways.shared.hub.names(Kind::Pattern).len() as u64),
+        _ => Error::bad(format!(
+            "unknown subcommand or wrong number of arguments for '{}'",
+            String::from_utf8_lossy(words.get(1).map_or(&[], |word| &word[..word.len().min(128)]))
+        ))
+        .into(),
     }
+}
+
+async fn channels(ways: &Ways, kind: Kind, words: &[Bytes], protocol: Protocol) -> Reply {
+    let servers = (0..ways.shards()).filter(|shard| !ways.is_local(*shard));
+    let sent: Vec<Forwarded> = servers.map(|shard| ways.send(shard, protocol, words.to_vec())).collect();
+    let pattern = words.get(2);
+    let is_asked_for = |name: &Bytes| pattern.is_none_or(|pattern| glob::matches(pattern, name));
+    let mut names: BTreeSet<Bytes> = ways.shared.hub.names(kind).into_iter().filter(is_asked_for).collect();
+    for reply in sent {
+        match reply.await {
+            Ok(reply) if cut::is_error(&reply) => return Reply::Raw(reply),
+            Ok(reply) => names.extend(cut::items(&reply).unwrap_or_default().iter().filter_map(cut::text)),
+            Err(error) => return error.into(),
+        }
+    }
+    Reply::Array(names.into_iter().map(Reply::Bulk).collect())
 }
 
 async fn numsub(ways: &Ways, kind: Kind, words: &[Bytes], protocol: Protocol) -> Reply {
     let mut replies = Vec::new();
     for channel in words.iter().skip(2) {
-        let ask = vec![words[0].clone(), words[1].clone(), channel.clone()];
-        let reply = match ways.send(ways.home(channel), protocol, ask).await {
-            Ok(reply) if cut::is_error(&reply) => return Reply::Raw(reply),
-            Ok(reply) => reply,
-            Err(error) => return error.into(),
-        };
-        let counted = cut::items(&reply).and_then(|parts| cut::integer(parts.get(1)?)).unwrap_or(0);
+        let home = ways.home(channel);
         let (clients, subscriptions) = ways.shared.hub.listeners(kind, channel);
-        replies.extend([Reply::Bulk(channel.clone()), Reply::Integer((counted + clients - subscriptions).max(0))]);
+        let count = if ways.is_local(home) {
+            clients
+        } else {
+            let ask = vec![words[0].clone(), words[1].clone(), channel.clone()];
+            let reply = match ways.send(home, protocol, ask).await {
+                Ok(reply) if cut::is_error(&reply) => return Reply::Raw(reply),
+                Ok(reply) => reply,
+                Err(error) => return error.into(),
+            };
+            let counted = cut::items(&reply).and_then(|parts| cut::integer(parts.get(1)?)).unwrap_or(0);
+            (counted + clients - subscriptions).max(0)
+        };
+        replies.extend([Reply::Bulk(channel.clone()), Reply::Integer(count)]);
     }
     Reply::Array(replies)
 }

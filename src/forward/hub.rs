@@ -7,7 +7,7 @@
 //! Subscriptions ride on the listening link of `park`; after a new connection [`Hub::opened`] subscribes to everything
 //! again. What was published in between is lost, as it is to any subscriber of Redis that reconnects.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -179,15 +179,17 @@ impl Hub {
         }
     }
 
-    /// Takes back an announcement, and the inbox where it listens; `unsubscribe` is called when nobody is left.
-    pub fn leave(&self, kind: Kind, name: &Bytes, inbox: u64, unsubscribe: impl FnOnce()) {
+    /// Takes back an announcement, and the inbox where it listens; `unsubscribe` is called with the topic's home when nobody
+    /// is left.
+    pub fn leave(&self, kind: Kind, name: &Bytes, inbox: u64, unsubscribe: impl FnOnce(Option<usize>)) {
         let mut topics = self.topics();
         let Some(topic) = topics[kind as usize].get_mut(name) else { return };
         topic.inboxes.retain(|known| known.id != inbox);
         topic.interested -= 1;
         if topic.interested == 0 {
+            let home = topic.home;
             topics[kind as usize].remove(name);
-            unsubscribe();
+            unsubscribe(home);
         }
     }
 
@@ -196,11 +198,14 @@ impl Hub {
         self.topics().iter().all(Topics::is_empty)
     }
 
-    /// Delivers a message that the process itself publishes: to the listeners of the channel and of matching patterns.
-    /// Says to how many.
-    pub fn publish(&self, channel: &Bytes, payload: &[u8]) -> usize {
+    /// Delivers a message that the process itself publishes: to the listeners of the channel and, but for that of a shard,
+    /// of matching patterns. Says to how many.
+    pub fn publish(&self, kind: Kind, channel: &Bytes, payload: &[u8]) -> usize {
         let topics = self.topics();
-        let mut count = deliver(&topics[Kind::Channel as usize], Kind::Channel, channel, channel, payload);
+        let mut count = deliver(&topics[kind as usize], kind, channel, channel, payload);
+        if kind == Kind::Shard {
+            return count;
+        }
         for pattern in topics[Kind::Pattern as usize].keys().filter(|pattern| glob::matches(pattern, channel)) {
             count += deliver(&topics[Kind::Pattern as usize], Kind::Pattern, pattern, channel, payload);
         }
@@ -232,11 +237,9 @@ impl Hub {
         topic.map_or((0, 0), |topic| (topic.inboxes.len() as i64, i64::from(topic.home.is_some())))
     }
 
-    /// The channels that only the process itself feeds.
-    pub fn own_channels(&self) -> BTreeSet<Bytes> {
-        let topics = self.topics();
-        let own = topics[Kind::Channel as usize].iter().filter(|(_, topic)| topic.home.is_none());
-        own.map(|(name, _)| name.clone()).collect()
+    /// What the clients of this process have subscribed to.
+    pub fn names(&self, kind: Kind) -> Vec<Bytes> {
+        self.topics()[kind as usize].keys().cloned().collect()
     }
 
     /// The shard map has changed: channels whose homes moved are subscribed to at the new ones. Patterns are subscribed to by
@@ -352,13 +355,36 @@ mod tests {
         let payload = vec![b'x'; 1 << 20];
         let mut out = BytesMut::new();
         for _ in 0..9 {
-            assert_eq!(hub.publish(&name, &payload), 2);
+            assert_eq!(hub.publish(Kind::Channel, &name, &payload), 2);
             out.clear();
             assert!(quick.drain(&mut out) && out.starts_with(b">3\r\n$7\r\nmessage\r\n"));
         }
         assert!(!slow.drain(&mut out));
-        hub.leave(Kind::Channel, &name, 1, || panic!("somebody listens yet"));
-        assert_eq!(hub.publish(&name, b"x"), 1);
+        hub.leave(Kind::Channel, &name, 1, |_| panic!("somebody listens yet"));
+        assert_eq!(hub.publish(Kind::Channel, &name, b"x"), 1);
+    }
+
+    #[test]
+    fn channels_of_shards_are_a_world_of_their_own() {
+        let hub = Hub::new();
+        let name = Bytes::from_static(b"news");
+        let inboxes = Kind::ALL.map(|kind| Inbox::new(kind as u64, Protocol::Resp2, Box::new(|| ())));
+        for (kind, inbox) in Kind::ALL.into_iter().zip(&inboxes) {
+            hub.announce(kind, &name, Some(7), || ());
+            hub.listen(kind, &name, inbox);
+        }
+        let heard = || {
+            inboxes.each_ref().map(|inbox| {
+                let mut out = BytesMut::new();
+                inbox.drain(&mut out);
+                !out.is_empty()
+            })
+        };
+        assert_eq!((hub.publish(Kind::Shard, &name, b"x"), heard()), (1, [false, false, true]));
+        assert_eq!((hub.publish(Kind::Channel, &name, b"x"), heard()), (2, [true, true, false]));
+        let mut home = None;
+        hub.leave(Kind::Shard, &name, Kind::Shard as u64, |at| home = at);
+        assert_eq!((home, hub.names(Kind::Shard)), (Some(7), Vec::new()));
     }
 
     #[test]
@@ -372,7 +398,7 @@ mod tests {
         let payload = vec![b'x'; OWN_BYTES_MAX / 4];
         for _ in 0..5 {
             for channel in &channels {
-                hub.publish(channel, &payload);
+                hub.publish(Kind::Channel, channel, &payload);
             }
         }
         let mut out = BytesMut::new();
@@ -382,11 +408,11 @@ mod tests {
         let gaps: Vec<&str> = text.split("\r\n").filter(|line| line.starts_with('{')).collect();
         assert_eq!(told, 3);
         assert_eq!(gaps, [r#"{"type":"gap","queue":"a","missing":3}"#, r#"{"type":"gap","queue":"b","missing":4}"#]);
-        hub.publish(&channels[0], b"again");
+        hub.publish(Kind::Channel, &channels[0], b"again");
         out.clear();
         assert!(inbox.drain(&mut out) && out.ends_with(b"again\r\n"));
         for number in 0..MISSED_MAX + 5 {
-            hub.publish(&Bytes::from(format!("goflow:events:{number}")), &payload);
+            hub.publish(Kind::Channel, &Bytes::from(format!("goflow:events:{number}")), &payload);
         }
         assert!(!inbox.drain(&mut out), "what it missed is counted without an end");
     }

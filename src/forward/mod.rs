@@ -30,7 +30,7 @@ use crate::resp::reply::{Protocol, Reply, put_bulk, put_header};
 use crate::resp::{cut, glob};
 use crate::shard::redis::link::{Backlog, Link, Replies};
 use crate::shard::{BoxFuture, Dial, Keyspace, Unit};
-use hub::Hub;
+use hub::{Hub, Kind};
 use park::Park;
 
 /// Keys that begin so are the proxy's own.
@@ -67,7 +67,7 @@ impl Forwarding {
         let hub = Hub::new();
         let (feed, ears) = (dispatcher.feed(), hub.clone());
         feed.publish_to(Box::new(move |channel, payload| {
-            ears.publish(channel, payload);
+            ears.publish(Kind::Channel, channel, payload);
         }));
         Arc::new(Forwarding {
             dispatcher,
@@ -246,6 +246,11 @@ impl Ways {
 
     pub fn name(&self, shard: usize) -> &Arc<str> {
         &self.ways[shard].name
+    }
+
+    /// Whether the shard keeps its ordinary keys in this process.
+    fn is_local(&self, shard: usize) -> bool {
+        matches!(self.ways[shard].keyspace, Keyspace::Local(_))
     }
 
     /// The shard that owns a key.
