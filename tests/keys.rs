@@ -433,3 +433,90 @@ fn a_worker_that_waits_gets_what_is_pushed_and_a_transaction_is_one() {
     assert_eq!(told.items()[0], Value::Integer(2));
     assert!(told.items()[1].is_error("WRONGTYPE"));
 }
+
+fn array(items: &[&str]) -> Value {
+    Value::Array(items.iter().map(|item| Value::Bulk((*item).into())).collect())
+}
+
+#[test]
+fn a_transaction_may_say_what_is_no_matter_of_keys_and_publishes_after_its_commit() {
+    for shard in ["a=embedded:store", "a=memory:"] {
+        let goflow = Goflow::start(&["--shard", shard]);
+        let (mut client, mut listener) = (goflow.wire(), goflow.wire());
+        listener.say("SUBSCRIBE done");
+        client.say("MULTI");
+        // What Celery says of a result, and what may stand around it.
+        for line in [
+            "SETEX result 100 x",
+            "PUBLISH done x",
+            "PING",
+            "PING hello",
+            "PING a b",
+            "ECHO word",
+            "SELECT 0",
+            "UNWATCH",
+            "TIME",
+            "PUBSUB NUMSUB done",
+            "GET result",
+        ] {
+            assert_eq!(client.say(line).text(), "QUEUED", "{line}");
+        }
+        let told = client.say("EXEC");
+        let told = told.items();
+        assert_eq!(told[..2], [Value::Simple("OK".into()), Value::Integer(1)]);
+        assert_eq!((told[2].text(), told[3].text()), ("PONG".into(), "hello".into()));
+        assert!(told[4].text().starts_with("ERR wrong number of arguments for 'ping'"));
+        assert_eq!((told[5].text(), told[6].text(), told[7].text()), ("word".into(), "OK".into(), "OK".into()));
+        assert!(told[8].items()[0].text().parse::<u64>().unwrap() > 1_700_000_000);
+        assert_eq!(told[9], Value::Array(vec![Value::Bulk("done".into()), Value::Integer(1)]));
+        assert_eq!((told[10].text(), told.len()), ("x".into(), 11));
+        assert_eq!(listener.read(), array(&["message", "done", "x"]));
+        // What a changed key ends says nothing.
+        client.say("WATCH result");
+        goflow.wire().say("SET result y");
+        client.say("MULTI");
+        client.say("PUBLISH done lost");
+        assert_eq!(client.say("EXEC"), Value::Null);
+        assert_eq!(client.say("PUBLISH done kept"), Value::Integer(1));
+        assert_eq!(listener.read(), array(&["message", "done", "kept"]));
+        // One's own write before a WATCH is no change behind it, and a second WATCH does not renew the first.
+        for line in ["SET key 1", "WATCH key", "MULTI", "INCR key", "EXEC"] {
+            client.send(&line.split(' ').collect::<Vec<_>>());
+        }
+        (0..4).for_each(|_| drop(client.read()));
+        assert_eq!(client.read(), Value::Array(vec![Value::Integer(2)]));
+        client.say("WATCH key");
+        goflow.wire().say("SET key 5");
+        client.say("WATCH key");
+        client.say("MULTI");
+        client.say("INCR key");
+        assert_eq!(client.say("EXEC"), Value::Null);
+    }
+}
+
+#[test]
+fn pub_sub_without_redis_knows_its_channels_and_those_of_shards() {
+    let goflow = Goflow::start(&["--shard", "a=memory:", "--shard", "b=memory:"]);
+    let (mut client, mut plain, mut sharded) = (goflow.wire(), goflow.wire(), goflow.wire());
+    plain.say("SUBSCRIBE news other");
+    plain.read();
+    plain.say("PSUBSCRIBE n*");
+    sharded.say("SSUBSCRIBE news");
+    assert_eq!(client.say("SPUBLISH news x"), Value::Integer(1));
+    assert_eq!(sharded.read(), array(&["smessage", "news", "x"]));
+    assert_eq!(client.say("PUBLISH news y"), Value::Integer(2));
+    assert_eq!(plain.read(), array(&["message", "news", "y"]));
+    assert_eq!(plain.read(), array(&["pmessage", "n*", "news", "y"]));
+    assert_eq!(client.say("PUBSUB CHANNELS"), array(&["news", "other"]));
+    assert_eq!(client.say("PUBSUB CHANNELS o*"), array(&["other"]));
+    assert_eq!(client.say("PUBSUB SHARDCHANNELS"), array(&["news"]));
+    assert_eq!(client.say("PUBSUB NUMPAT"), Value::Integer(1));
+    let counts = |wanted: [(&str, i64); 2]| {
+        Value::Array(
+            wanted.iter().flat_map(|(name, count)| [Value::Bulk((*name).into()), Value::Integer(*count)]).collect(),
+        )
+    };
+    assert_eq!(client.say("PUBSUB NUMSUB news nobody"), counts([("news", 1), ("nobody", 0)]));
+    assert_eq!(client.say("PUBSUB SHARDNUMSUB other news"), counts([("other", 0), ("news", 1)]));
+    assert!(client.say("PUBSUB NOSUCH").is_error("ERR"));
+}

@@ -16,9 +16,10 @@ use bytes::{Bytes, BytesMut};
 
 use super::hub::{Inbox, Kind, is_own};
 use super::{
-    Dedicated, Forwarded, Forwarding, LEARNED_NAME_MAX, Request, Shape, Started, Ways, check_key, cross_shard, park,
+    Dedicated, Forwarded, Forwarding, LEARNED_NAME_MAX, Request, Started, Ways, check_key, cross_shard, park,
     put_request, raw, spread,
 };
+use crate::clock;
 use crate::command;
 use crate::command::ordinary::{How, Row, Step, Talk};
 use crate::dispatch::feed::wish_of;
@@ -26,7 +27,7 @@ use crate::error::{Code, Error, Happened, Result};
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::{cut, glob};
 use crate::shard::redis::link::{Backlog, Link};
-use crate::shard::{Keys, Keyspace};
+use crate::shard::{Keys, Keyspace, Unit};
 
 /// Most requests, and bytes of them, that one transaction queues.
 const QUEUED_MAX: usize = 65_536;
@@ -35,6 +36,8 @@ const QUEUED_BYTES_MAX: usize = 64 << 20;
 const SUBSCRIBE_WAIT: Duration = Duration::from_secs(5);
 /// What may be said in a transaction beside ordinary commands, as any server answers it: with fewest and most words.
 const QUEUEABLE: [(&str, usize, usize); 3] = [("PING", 1, usize::MAX), ("ECHO", 2, 2), ("TIME", 1, 1)];
+/// What of a transaction a shard in this process knows nothing of.
+const ANSWERED_HERE: [&str; 8] = ["PING", "ECHO", "TIME", "SELECT", "UNWATCH", "PUBLISH", "SPUBLISH", "PUBSUB"];
 
 /// A transaction between `MULTI` and `EXEC`.
 #[derive(Default)]
@@ -298,25 +301,21 @@ impl Conversation {
             return Error::new(Code::ExecAbort, "Transaction discarded because of previous errors.").into();
         }
         let watching = lock(&self.watching).take();
-        let Some((shard, watching)) = watching else {
-            return match (queue.requests.is_empty(), queue.shard) {
-                (true, _) => Started::Reply(Reply::Array(Vec::new())),
-                (false, shard) => {
-                    let (shard, requests) = (shard.unwrap_or(0), queue.requests);
-                    Started::Forward(self.ways.transact(shard, protocol, requests, &self.backlog))
-                }
-            };
+        let shard = match (&watching, queue.shard) {
+            (Some((watched, _)), Some(own)) if *watched != own => return cross_shard().into(),
+            (Some((watched, _)), _) => *watched,
+            (None, own) => own.unwrap_or(0),
         };
-        if queue.shard.is_some_and(|own| own != shard) {
-            return cross_shard().into();
+        if let Keyspace::Local(keys) = &self.ways.ways[shard].keyspace {
+            let watched = match watching {
+                Some((_, Watching::Local(watched))) => watched.into_iter().collect(),
+                _ => Vec::new(),
+            };
+            return execute_local(self.ways.clone(), &**keys, protocol, queue.requests, watched);
         }
         match watching {
-            Watching::Local(watched) => {
-                let watched = watched.into_iter().collect();
-                Started::Forward(self.ways.run(shard, protocol, queue.requests, watched, Shape::Exec))
-            }
             // Begun at the head of the line, as WATCH is, and what follows waits: its connection is not the shared one.
-            Watching::Server(dedicated) => {
+            Some((_, Watching::Server(dedicated))) => {
                 let backlog = self.backlog.clone();
                 Started::Later(Box::pin(async move {
                     match dedicated.transact(&queue.requests, backlog) {
@@ -325,6 +324,8 @@ impl Conversation {
                     }
                 }))
             }
+            _ if queue.requests.is_empty() => Started::Reply(Reply::Array(Vec::new())),
+            _ => Started::Forward(self.ways.transact(shard, protocol, queue.requests, &self.backlog)),
         }
     }
 
@@ -486,6 +487,63 @@ impl Queue {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A transaction of a shard in this process. What is no matter of its keys is answered here when they are committed, so
+/// that a message goes out after the write that it tells of.
+fn execute_local(
+    ways: Arc<Ways>,
+    keys: &dyn Keys,
+    protocol: Protocol,
+    requests: Vec<Vec<Bytes>>,
+    watched: Vec<(Bytes, u64)>,
+) -> Started {
+    let mut of_keys = Vec::new();
+    // In their order, without those that the shard answers.
+    let mut places = Vec::new();
+    for words in requests {
+        let name = words.first().map(|name| name.to_ascii_uppercase()).unwrap_or_default();
+        match ANSWERED_HERE.iter().find(|known| known.as_bytes() == name) {
+            Some(name) => places.push(Some((*name, words))),
+            None => {
+                of_keys.push(words);
+                places.push(None);
+            }
+        }
+    }
+    let run = keys.run(Unit { protocol, requests: of_keys, watched });
+    Started::Later(Box::pin(async move {
+        let mut of_keys = match run.await {
+            Ok(Some(replies)) => replies.into_iter(),
+            Ok(None) => return Reply::NullArray,
+            Err(error) => return error.into(),
+        };
+        let mut replies = Vec::with_capacity(places.len());
+        for place in places {
+            replies.push(match place {
+                Some((name, words)) => answer_here(&ways, name, &words, protocol).await,
+                None => of_keys.next().unwrap_or(Reply::Null),
+            });
+        }
+        Reply::Array(replies)
+    }))
+}
+
+async fn answer_here(ways: &Ways, name: &str, words: &[Bytes], protocol: Protocol) -> Reply {
+    let hub = &ways.shared.hub;
+    match (name, &words[1..]) {
+        ("PING", []) => Reply::Simple("PONG"),
+        ("PING" | "ECHO", [text]) => Reply::Bulk(text.clone()),
+        ("TIME", []) => {
+            let now = clock::now();
+            Reply::Array([now / 1_000, now % 1_000 * 1_000].map(|part| Reply::bulk(part.to_string())).into())
+        }
+        ("SELECT" | "UNWATCH", _) => Reply::OK,
+        ("PUBLISH", [channel, payload]) => Reply::count(hub.publish(Kind::Channel, channel, payload) as u64),
+        ("SPUBLISH", [channel, payload]) => Reply::count(hub.publish(Kind::Shard, channel, payload) as u64),
+        ("PUBSUB", _) => ask(ways, words, protocol).await,
+        _ => Error::bad(format!("wrong number of arguments for '{}' command", name.to_ascii_lowercase())).into(),
+    }
 }
 
 fn watch_local(state: &Mutex<Option<(usize, Watching)>>, keys: &dyn Keys, words: &[Bytes]) -> Reply {

@@ -297,7 +297,7 @@ impl Ways {
                 let replies = link.submit_for(raw, 1, Some(backlog.clone()));
                 Forwarded { from: From::Link(replies, Some(backlog.clone())), shape: Shape::Whole }
             }
-            None => self.run(shard, protocol, vec![words.to_vec()], Vec::new(), Shape::Whole),
+            None => self.run(shard, protocol, vec![words.to_vec()]),
         }
     }
 
@@ -306,7 +306,7 @@ impl Ways {
         if let Some(link) = self.link(shard, protocol) {
             return Forwarded { from: From::Link(link.submit(raw, 1), None), shape: Shape::Whole };
         }
-        self.run(shard, protocol, vec![words.to_vec()], Vec::new(), Shape::Whole)
+        self.run(shard, protocol, vec![words.to_vec()])
     }
 
     /// Sends a request of our own making.
@@ -346,23 +346,17 @@ impl Ways {
                 let sent = link.submit_for(&raw, replies, backlog.clone());
                 Forwarded { from: From::Link(sent, backlog), shape }
             }
-            None => self.run(shard, protocol, requests, Vec::new(), shape),
+            None => self.run(shard, protocol, requests),
         }
     }
 
-    fn run(
-        &self,
-        shard: usize,
-        protocol: Protocol,
-        requests: Vec<Vec<Bytes>>,
-        watched: Vec<(Bytes, u64)>,
-        shape: Shape,
-    ) -> Forwarded {
+    /// Runs requests on a shard in this process; the answer is all their replies.
+    fn run(&self, shard: usize, protocol: Protocol, requests: Vec<Vec<Bytes>>) -> Forwarded {
         let from = match &self.ways[shard].keyspace {
-            Keyspace::Local(keys) => From::Local(keys.run(Unit { protocol, requests, watched }), protocol),
+            Keyspace::Local(keys) => From::Local(keys.run(Unit { protocol, requests, ..Unit::default() }), protocol),
             _ => From::Failed(Error::bad(format!("shard {} takes no ordinary commands", self.ways[shard].name))),
         };
-        Forwarded { from, shape }
+        Forwarded { from, shape: Shape::Whole }
     }
 
     /// Where the keys of a command stand that our table lacks, as the first shard says; `None`: it is not forwarded.
@@ -474,7 +468,11 @@ impl Future for Forwarded {
             From::Local(run, protocol) => {
                 let protocol = *protocol;
                 let replies = ready!(run.as_mut().poll(context));
-                Poll::Ready(replies.map(|replies| shape.encode(replies, protocol)))
+                Poll::Ready(replies.map(|replies| {
+                    let mut out = BytesMut::new();
+                    replies.unwrap_or_default().iter().for_each(|reply| reply.encode(protocol, &mut out));
+                    out.freeze()
+                }))
             }
             From::Failed(error) => Poll::Ready(Err(error.clone())),
         }
@@ -486,7 +484,6 @@ fn link_gone() -> Error {
 }
 
 impl Shape {
-    /// From the replies of a server.
     fn take(self, bytes: Bytes) -> Bytes {
         let (Shape::Exec | Shape::Attempt) = self else { return bytes };
         let mut replies = cut::replies(&bytes);
@@ -499,17 +496,6 @@ impl Shape {
             _ if exec.starts_with(b"*1\r\n") => exec.slice(4..),
             _ => exec,
         }
-    }
-
-    /// From the replies of a keyspace in this process.
-    fn encode(self, replies: Option<Vec<Reply>>, protocol: Protocol) -> Bytes {
-        let mut out = BytesMut::new();
-        match (self, replies) {
-            (_, None) => Reply::NullArray.encode(protocol, &mut out),
-            (Shape::Exec, Some(replies)) => Reply::Array(replies).encode(protocol, &mut out),
-            (_, Some(replies)) => replies.iter().for_each(|reply| reply.encode(protocol, &mut out)),
-        }
-        out.freeze()
     }
 }
 

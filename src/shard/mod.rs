@@ -637,7 +637,8 @@ pub trait Dial: Send + Sync + 'static {
 pub struct Unit {
     /// Some replies have another shape in RESP3 than the encoding alone gives them.
     pub protocol: Protocol,
-    /// At least one. What blocks in Redis does not wait here: it answers as it does inside `MULTI`.
+    /// With none it is only asked whether what is watched has changed. What blocks in Redis does not wait here: it answers
+    /// as it does inside `MULTI`.
     pub requests: Vec<Vec<Bytes>>,
     /// `WATCH`: run nothing, and answer `None`, when one of these keys has another version by now.
     pub watched: Vec<(Bytes, u64)>,
