@@ -365,4 +365,7 @@ fn what_a_list_in_parts_cannot_mean_is_refused_by_name() {
     assert_eq!(wire.say("DEL jobs:r jobs:none"), Value::Integer(1));
     assert_eq!(wire.say("LLEN jobs:r"), Value::Integer(0));
     assert_eq!(wire.say("LPOP jobs:r"), Value::Null);
+    // Nor by a RESP2 subscriber, who says nothing else.
+    wire.say("SUBSCRIBE news");
+    assert!(wire.say("LPUSH jobs:r x").text().starts_with("ERR Can't execute 'lpush'"));
 }
