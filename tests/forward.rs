@@ -570,28 +570,53 @@ fn pushed(words: &[&str], count: i64) -> Vec<Value> {
 }
 
 #[test]
-fn a_subscription_begins_with_its_confirmation_and_ends_with_its_last_message() {
+fn no_message_comes_before_the_subscription_is_confirmed_on_every_shard() {
     let farm = farm(2);
     let (mut wire, mut other) = (farm.goflow.wire(), farm.goflow.wire());
-    let channels: Vec<String> = (0..50).map(|number| format!("c{number}")).collect();
-    for round in 0..20 {
-        // Somebody publishes on the first channel all the while.
-        let first = format!("c{round}");
-        (0..200).for_each(|_| other.send(&["PUBLISH", &first, "x"]));
-        let names = || [&[first.as_str()][..], &channels.iter().map(String::as_str).collect::<Vec<_>>()].concat();
-        wire.send(&[&["SUBSCRIBE"], &names()[..]].concat());
-        for place in 0..names().len() {
-            assert_eq!(wire.read().items()[0].text(), "subscribe", "{place}");
-        }
-        wire.send(&["UNSUBSCRIBE"]);
-        wire.send(&["GET", "nothing"]);
-        let mut left = channels.len();
-        while left > 0 {
-            left -= usize::from(wire.read().items()[0].text() == "unsubscribe");
-        }
-        assert_eq!(wire.read(), Value::Null);
-        (0..200).for_each(|_| drop(other.read()));
+    // One channel on each shard.
+    let of_shard = [0, 1].map(|at| {
+        let is_there = |key: &String| {
+            other.call(&["SET", key, "x"]);
+            farm.shards[at].wire().call(&["EXISTS", key]) == Value::Integer(1)
+        };
+        (0..100).map(|number| format!("key{number}")).find(is_there).unwrap()
+    });
+    let [quick, slow] = of_shard.each_ref().map(String::as_str);
+    // The links that listen are opened.
+    for word in ["SUBSCRIBE", "UNSUBSCRIBE"] {
+        wire.call(&[word, quick, slow]);
+        wire.read();
     }
+    farm.shards[1].stop();
+    wire.send(&["SUBSCRIBE", quick, slow]);
+    let began = std::time::Instant::now();
+    while began.elapsed() < Duration::from_millis(200) {
+        other.call(&["PUBLISH", quick, "early"]);
+    }
+    assert!(wire.try_read(Duration::from_millis(50)).is_err());
+    farm.shards[1].cont();
+    assert_eq!(wire.read(), Value::Array(pushed(&["subscribe", quick], 1)));
+    assert_eq!(wire.read(), Value::Array(pushed(&["subscribe", slow], 2)));
+    other.call(&["PUBLISH", slow, "late"]);
+    assert_eq!(wire.read(), array(&["message", slow, "late"]));
+}
+
+#[test]
+fn what_a_slow_subscriber_has_not_read_comes_before_its_subscription_ends() {
+    const MESSAGES: usize = 112;
+    let farm = farm(1);
+    let (mut wire, mut other) = (farm.goflow.wire(), farm.goflow.wire());
+    wire.say("SUBSCRIBE news");
+    // More than the sockets hold, so that some wait in the proxy.
+    let text = "x".repeat(64 << 10);
+    (0..MESSAGES).for_each(|_| assert_eq!(other.call(&["PUBLISH", "news", &text]), Value::Integer(1)));
+    wire.send(&["UNSUBSCRIBE"]);
+    wire.send(&["GET", "nothing"]);
+    for _ in 0..MESSAGES {
+        assert_eq!(wire.read().items()[0].text(), "message");
+    }
+    assert_eq!(wire.read(), Value::Array(pushed(&["unsubscribe", "news"], 0)));
+    assert_eq!(wire.read(), Value::Null);
 }
 
 #[test]
