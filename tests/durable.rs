@@ -343,6 +343,7 @@ fn what_a_list_in_parts_cannot_mean_is_refused_by_name() {
         ("RPOPLPUSH plain jobs:r", "one pattern"),
         ("LMOVE jobs:r jobs:s UP LEFT", "syntax"),
         ("LMPOP 1 jobs:r UP", "syntax"),
+        ("LMPOP 1 jobs:r LEFT COUNT", "syntax"),
         ("BLMPOP 0 1 jobs:r", "wrong number of arguments"),
         ("BRPOP jobs:r -1", "negative"),
         ("BRPOP jobs:r x", "not a float"),

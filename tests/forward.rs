@@ -505,6 +505,28 @@ fn a_client_that_goes_away_while_blocked_takes_nothing_with_it() {
     }
 }
 
+fn wait_until_blocked(wire: &mut Wire, count: usize) {
+    let mark = format!("blocked_clients:{count}\r\n");
+    eventually!(format!("{count} clients are blocked"), wire.say("INFO clients").text().contains(&mark).then_some(()));
+}
+
+#[test]
+fn a_group_that_is_named_as_an_option_is_blocks_nobody_else() {
+    let shard = Server::start(Flavour::Redis7, &[]);
+    let mut fleet = Fleet::over(vec![shard], 1, &["--threads", "1"], &[]);
+    fleet.proxies[0].expect_log("WARN");
+    let (mut waiting, mut wire) = (fleet.proxies[0].wire(), fleet.proxies[0].wire());
+    wire.say("XGROUP CREATE s streams $ MKSTREAM");
+    waiting.send(&["XREADGROUP", "GROUP", "streams", "block", "BLOCK", "0", "STREAMS", "s", ">"]);
+    wait_until_blocked(&mut wire, 1);
+    assert_eq!(wire.try_call(&["EXISTS", "s"], Duration::from_secs(2)), Ok(Value::Integer(1)));
+    wire.say("XADD s 1-1 a b");
+    assert_eq!(waiting.read().items()[0].items()[0].text(), "s");
+    // What the server judges wrong it says so of.
+    assert!(wire.say("XREADGROUP GROUP g c BLOCK x STREAMS s >").is_error("ERR"));
+    assert!(wire.say("XREAD BLOCK 0 NOSUCH STREAMS s 0").is_error("ERR"));
+}
+
 #[test]
 fn client_unblock_ends_a_wait_in_either_way() {
     let farm = farm(1);

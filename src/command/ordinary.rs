@@ -27,7 +27,7 @@ pub enum Keys {
         at: usize,
         stored: bool,
     },
-    /// The first half of what follows the word `STREAMS`.
+    /// The first half of what follows `STREAMS`, which ends the options.
     Streams,
     /// The first word, and what follows `STORE` or `STOREDIST`.
     Sort,
@@ -423,7 +423,7 @@ impl Keys {
                 if end > words.len() { Ok(()) } else { (at + 1..end).try_for_each(take) }
             }
             Keys::Streams => {
-                let Some(start) = find_word(words, b"STREAMS").map(|at| at + 1) else { return Ok(()) };
+                let Some(StreamOptions { start, .. }) = StreamOptions::of(words) else { return Ok(()) };
                 let rest = words.len() - start;
                 if rest.is_multiple_of(2) { (start..start + rest / 2).try_for_each(take) } else { Ok(()) }
             }
@@ -450,9 +450,36 @@ impl Keys {
     }
 }
 
-/// The place of an option's word, any case; the command's name is none.
-pub fn find_word(words: &[Bytes], wanted: &[u8]) -> Option<usize> {
-    words.iter().skip(1).position(|word| word.eq_ignore_ascii_case(wanted)).map(|at| at + 1)
+/// What stands before the keys of `XREAD` and `XREADGROUP`. A group or a consumer may be named as an option is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamOptions {
+    /// The place of the first key.
+    pub start: usize,
+    /// The place of the milliseconds of `BLOCK`.
+    pub block: Option<usize>,
+}
+
+impl StreamOptions {
+    /// Walks the options as Redis does; `None`: they make no sense to it.
+    pub fn of(words: &[Bytes]) -> Option<StreamOptions> {
+        let (mut at, mut block) = (1, None);
+        loop {
+            let word = words.get(at)?;
+            let is = |name: &[u8]| word.eq_ignore_ascii_case(name);
+            if is(b"STREAMS") {
+                return Some(StreamOptions { start: at + 1, block });
+            }
+            if is(b"BLOCK") {
+                block = Some(at + 1);
+            }
+            at += match () {
+                () if is(b"BLOCK") || is(b"COUNT") => 2,
+                () if is(b"GROUP") => 3,
+                () if is(b"NOACK") => 1,
+                () => return None,
+            };
+        }
+    }
 }
 
 #[cfg(test)]
@@ -487,6 +514,10 @@ mod tests {
             ("zunionstore d 2 a b WEIGHTS 1 2", "d a b"),
             ("xread COUNT 1 STREAMS a b 0 0", "a b"),
             ("xread STREAMS a b 0", ""),
+            ("xreadgroup GROUP streams block NOACK STREAMS a >", "a"),
+            ("xreadgroup GROUP streams STREAMS a >", ""),
+            ("xread BLOCK streams STREAMS streams 0", "streams"),
+            ("xread COUNT STREAMS a 0", ""),
             ("sort a BY x STORE d", "a d"),
             ("eval script 2 a b c", "a b"),
             ("bitop AND d a b", "d a b"),

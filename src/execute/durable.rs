@@ -20,7 +20,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::{Answer, Asker, Done, execute, lane_gone};
 use crate::clock::Millis;
-use crate::command::ordinary::{Row, find_word};
+use crate::command::ordinary::Row;
 use crate::command::{Dequeue, Enqueue, Limits, Plan, job};
 use crate::dispatch::Dispatcher;
 use crate::dispatch::lane::{Hold, Leased};
@@ -335,7 +335,11 @@ fn pop(
         false => (!name.starts_with('B')).then_some(2),
         true => {
             end(words, keys.end)?;
-            find_word(words, b"COUNT").filter(|at| *at > keys.end).map(|at| at + 1)
+            match words.get(keys.end + 1) {
+                None => None,
+                Some(word) if word.eq_ignore_ascii_case(b"COUNT") && words.len() == keys.end + 3 => Some(keys.end + 2),
+                Some(_) => return Err(Error::bad("syntax error")),
+            }
         }
     };
     let count = match count_at.filter(|at| *at < words.len()) {

@@ -28,7 +28,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::hub::Hub;
 use super::{Forwarded, Request, Started, Ways, check_key, put_request};
-use crate::command::ordinary::{Wait, find_word};
+use crate::command::ordinary::{StreamOptions, Wait};
 use crate::error::{Error, Result};
 use crate::resp::cut;
 use crate::resp::reply::{Protocol, Reply};
@@ -264,8 +264,11 @@ pub fn start(ways: &Arc<Ways>, wait: Wait, request: Request<'_>) -> Started {
     let limit = match how_long(wait, words) {
         // It does not wait, or the server must say what is wrong with it.
         None => {
+            // As it came goes only what surely does not wait: the link is everybody's.
+            let is_plain =
+                wait == Wait::Option && StreamOptions::of(words).is_some_and(|options| options.block.is_none());
             return match ways.shard_of(row.keys, words) {
-                Ok(shard) if wait == Wait::Option => Started::Forward(ways.forward(shard, request)),
+                Ok(shard) if is_plain => Started::Forward(ways.forward(shard, request)),
                 Ok(shard) => Started::Forward(ways.attempt(shard, protocol, words.to_vec())),
                 Err(error) => error.into(),
             };
@@ -288,10 +291,7 @@ fn how_long(wait: Wait, words: &[Bytes]) -> Option<Duration> {
     let word = match wait {
         Wait::SecondsFirst => words.get(1),
         Wait::SecondsLast => words.last(),
-        Wait::Option => {
-            let streams = find_word(words, b"STREAMS")?;
-            words.get(find_word(words, b"BLOCK").filter(|at| *at < streams)? + 1)
-        }
+        Wait::Option => words.get(StreamOptions::of(words)?.block?),
     };
     let text = std::str::from_utf8(word?).ok()?;
     let limit = match wait {
@@ -582,5 +582,8 @@ mod tests {
         assert_eq!(limit(Wait::SecondsFirst, "BLMPOP 2 1 a LEFT"), Some(Duration::from_secs(2)));
         assert_eq!(limit(Wait::Option, "XREAD BLOCK 20 STREAMS a 0"), Some(Duration::from_millis(20)));
         assert_eq!(limit(Wait::Option, "XREAD STREAMS BLOCK 0"), None);
+        assert_eq!(limit(Wait::Option, "XREAD BLOCK -1 STREAMS a 0"), None);
+        assert_eq!(limit(Wait::Option, "XREADGROUP GROUP g block BLOCK 0 STREAMS a >"), Some(FOREVER));
+        assert_eq!(limit(Wait::Option, "XREADGROUP GROUP BLOCK 5 STREAMS a >"), None);
     }
 }
