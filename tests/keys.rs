@@ -19,9 +19,10 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::eventually;
 use crate::support::goflow::Goflow;
 use crate::support::servers::{Flavour, Server};
-use crate::support::wire::{Value, encode};
+use crate::support::wire::{Value, Wire, encode};
 
 /// One line is one command. A capital letter alone stands for what [`word`] makes of it; words in braces are one choice.
 const COMMANDS: &str = "
@@ -519,4 +520,22 @@ fn pub_sub_without_redis_knows_its_channels_and_those_of_shards() {
     assert_eq!(client.say("PUBSUB NUMSUB news nobody"), counts([("news", 1), ("nobody", 0)]));
     assert_eq!(client.say("PUBSUB SHARDNUMSUB other news"), counts([("other", 0), ("news", 1)]));
     assert!(client.say("PUBSUB NOSUCH").is_error("ERR"));
+}
+
+#[test]
+fn who_waits_for_what_comes_after_the_last_entry_is_not_given_the_old_ones() {
+    let goflow = Goflow::start(&["--shard", "a=memory:"]);
+    let (mut reader, mut client) = (goflow.wire(), goflow.wire());
+    client.say("XADD stream 5-1 old entry");
+    client.say("XADD stream 5-2 older entry");
+    client.say("XDEL stream 5-2");
+    reader.send(&["XREAD", "BLOCK", "0", "STREAMS", "nothing", "stream", "$", "$"]);
+    let is_blocked = |wire: &mut Wire| wire.say("INFO clients").text().contains("blocked_clients:1\r\n").then_some(());
+    eventually!("it waits", is_blocked(&mut client));
+    client.say("XADD stream 5-3 new entry");
+    let told = reader.read();
+    let entries = told.items()[0].items()[1].items();
+    assert_eq!((entries.len(), entries[0].items()[0].text()), (1, "5-3".into()));
+    client.say("SET text x");
+    assert!(reader.say("XREAD BLOCK 0 STREAMS text $").is_error("WRONGTYPE"));
 }

@@ -419,17 +419,19 @@ impl Waiter {
     }
 
     /// `$` means the last entry at the time of the request, not at the time of a later try.
-    async fn pin_last_ids(&mut self) -> Result<()> {
+    async fn pin_last_ids(&mut self) -> std::result::Result<(), Reply> {
         let count = self.keys.len();
         for (shard, key, at) in &self.keys {
             if self.words.get(at + count).is_none_or(|id| id.as_ref() != b"$") {
                 continue;
             }
-            let ask = [Bytes::from_static(b"XINFO"), Bytes::from_static(b"STREAM"), key.clone()];
+            let ask = [&b"XREVRANGE"[..], key, b"+", b"-", b"COUNT", b"1"].map(Bytes::copy_from_slice);
             let reply = self.ways.send(*shard, Protocol::Resp2, ask.to_vec()).await?;
-            let fields = cut::items(&reply).unwrap_or_default();
-            let is_last_id = |field: &Bytes| cut::text(field).is_some_and(|name| name == b"last-generated-id"[..]);
-            let id = fields.iter().position(is_last_id).and_then(|place| cut::text(fields.get(place + 1)?));
+            if cut::is_error(&reply) {
+                return Err(Reply::Raw(reply));
+            }
+            let entry = cut::items(&reply).and_then(|entries| cut::items(entries.first()?));
+            let id = entry.and_then(|entry| cut::text(entry.first()?));
             if let Some(word) = self.words.get_mut(at + count) {
                 *word = id.unwrap_or(Bytes::from_static(b"0-0"));
             }
