@@ -255,7 +255,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
 
     /// Writes the answers at the head of the line that are there.
     fn resolve(&mut self, context: &mut TaskContext<'_>) {
-        while self.output.len() < OUTPUT_PAUSE
+        // Who waits already goes on behind a full output: it may stand in front of others.
+        while (self.output.len() < OUTPUT_PAUSE || self.peer.blocked.load(Ordering::Relaxed))
             && let Some(pending) = self.pending.front_mut()
         {
             let waits = matches!(pending.answer, Answer::Waiting(_));

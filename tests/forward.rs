@@ -511,6 +511,39 @@ fn wait_until_blocked(wire: &mut Wire, count: usize) {
 }
 
 #[test]
+fn a_client_that_does_not_read_keeps_nobody_waiting() {
+    let farm = farm(1);
+    let mut wire = farm.goflow.wire();
+    // More than the sockets hold between the two.
+    farm.shards[0].wire().call(&["SET", "big", &"x".repeat(40 << 20)]);
+    let mut silent = farm.goflow.wire();
+    silent.send_raw([encode(&["GET", "big"]), encode(&["BRPOP", "list", "0"])].concat());
+    eventually!("some of it is sent", silent.begins(b"$").then_some(()));
+    let mut reading = farm.goflow.wire();
+    reading.send(&["BRPOP", "list", "0"]);
+    wait_until_blocked(&mut wire, 1);
+    wire.say("LPUSH list one");
+    assert_eq!(reading.read(), array(&["list", "one"]));
+    // It is served once it reads.
+    assert_eq!(silent.read().text().len(), 40 << 20);
+    wire.say("LPUSH list two");
+    assert_eq!(silent.read(), array(&["list", "two"]));
+    // Nor does one that waited before it stopped to read: it is served in its turn.
+    silent.say("HELLO 3");
+    silent.say("SUBSCRIBE channel");
+    silent.send(&["BRPOP", "list", "0"]);
+    wait_until_blocked(&mut wire, 1);
+    reading.send(&["BRPOP", "list", "0"]);
+    wait_until_blocked(&mut wire, 2);
+    let message = "x".repeat(64 << 10);
+    (0..96).for_each(|_| assert_eq!(wire.call(&["PUBLISH", "channel", &message]), Value::Integer(1)));
+    wire.say("LPUSH list three");
+    wire.say("LPUSH list four");
+    assert_eq!(reading.read(), array(&["list", "four"]));
+    eventually!("it reads its own", (silent.read() == array(&["list", "three"])).then_some(()));
+}
+
+#[test]
 fn a_group_that_is_named_as_an_option_is_blocks_nobody_else() {
     let shard = Server::start(Flavour::Redis7, &[]);
     let mut fleet = Fleet::over(vec![shard], 1, &["--threads", "1"], &[]);
@@ -525,6 +558,27 @@ fn a_group_that_is_named_as_an_option_is_blocks_nobody_else() {
     // What the server judges wrong it says so of.
     assert!(wire.say("XREADGROUP GROUP g c BLOCK x STREAMS s >").is_error("ERR"));
     assert!(wire.say("XREAD BLOCK 0 NOSUCH STREAMS s 0").is_error("ERR"));
+}
+
+#[test]
+fn a_client_that_waits_follows_its_key_to_a_shard_that_is_added() {
+    let mut fleet = Fleet::start_plain(1, 1, &[]);
+    fleet.proxies[0].expect_log("WARN");
+    let mut wire = fleet.proxies[0].wire();
+    let keys: Vec<String> = (0..20).map(|number| format!("key{number}")).collect();
+    let mut waiting: Vec<Wire> = keys.iter().map(|_| fleet.proxies[0].wire()).collect();
+    for (waiter, key) in waiting.iter_mut().zip(&keys) {
+        waiter.send(&["BRPOP", key, "0"]);
+    }
+    wait_until_blocked(&mut wire, 20);
+    let fresh = Server::start(Flavour::Redis7, &[]);
+    assert_eq!(wire.say(&format!("GOFLOW.SHARD ADD s1 {}", fresh.url())), Value::Simple("OK".into()));
+    for (waiter, key) in waiting.iter_mut().zip(&keys) {
+        wire.call(&["LPUSH", key, "x"]);
+        assert_eq!(waiter.read(), array(&[key, "x"]));
+    }
+    let moved = fresh.wire().say("INFO commandstats").text().contains("cmdstat_lpush");
+    assert!(moved, "a part of the keys has its home on the new shard");
 }
 
 #[test]

@@ -23,12 +23,12 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use foldhash::fast::RandomState;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, timeout_at};
 
 use super::hub::Hub;
 use super::{Forwarded, Request, Started, Ways, check_key, put_request};
-use crate::command::ordinary::{StreamOptions, Wait};
+use crate::command::ordinary::{Row, StreamOptions, Wait};
 use crate::error::{Error, Result};
 use crate::resp::cut;
 use crate::resp::reply::{Protocol, Reply};
@@ -235,6 +235,7 @@ impl Drop for Standing {
 /// One client's blocking command.
 struct Waiter {
     ways: Arc<Ways>,
+    row: &'static Row,
     protocol: Protocol,
     words: Vec<Bytes>,
     kind: Kind,
@@ -278,10 +279,7 @@ pub fn start(ways: &Arc<Ways>, wait: Wait, request: Request<'_>) -> Started {
     match Waiter::new(ways, wait, request) {
         // Without a key there is nothing to wait for: the server says what is wrong.
         Ok(waiter) if waiter.keys.is_empty() => Started::Forward(ways.attempt(0, protocol, words.to_vec())),
-        Ok(waiter) => {
-            let standing = waiter.stand();
-            Started::Waiting(Box::pin(waiter.wait(standing, limit)))
-        }
+        Ok(waiter) => Started::Waiting(Box::pin(waiter.wait(limit))),
         Err(error) => error.into(),
     }
 }
@@ -310,18 +308,38 @@ impl Waiter {
             (Wait::SecondsFirst, _) => Kind::Numbered,
             (Wait::Option, _) => Kind::Streams,
         };
+        let mut waiter = Waiter { ways: ways.clone(), row, protocol, words: words.to_vec(), kind, keys: Vec::new() };
+        waiter.keys = waiter.homes(ways)?;
+        Ok(waiter)
+    }
+
+    /// The keys, where they live by a shard map.
+    fn homes(&self, ways: &Ways) -> Result<Vec<(usize, Bytes, usize)>> {
         let mut keys = Vec::new();
-        row.keys.each(words, |at| {
-            let key = words.get(at).cloned().unwrap_or_default();
+        self.row.keys.each(&self.words, |at| {
+            let key = self.words.get(at).cloned().unwrap_or_default();
             check_key(&key)?;
             keys.push((ways.home(&key), key, at));
             Ok(())
         })?;
-        if kind == Kind::Whole {
-            ways.shard_of(row.keys, words)?;
+        if self.kind == Kind::Whole {
+            ways.shard_of(self.row.keys, &self.words)?;
             keys.truncate(1);
         }
-        Ok(Waiter { ways: ways.clone(), protocol, words: words.to_vec(), kind, keys })
+        Ok(keys)
+    }
+
+    /// Goes by the present shard map; whether a key has another home there.
+    fn follow(&mut self) -> Result<bool> {
+        if self.ways.is_current() {
+            return Ok(false);
+        }
+        let ways = Ways::of_thread(&self.ways.shared);
+        let keys = self.homes(&ways)?;
+        let mut pairs = keys.iter().zip(&self.keys);
+        let has_moved = pairs.any(|(now, before)| ways.number(now.0) != self.ways.number(before.0));
+        (self.ways, self.keys) = (ways, keys);
+        Ok(has_moved)
     }
 
     /// The request with these of its keys alone.
@@ -369,19 +387,38 @@ impl Waiter {
         None
     }
 
-    /// Stands in line for every key. Done when the request is started, so that the order is that of the requests.
+    /// Stands in line for every key.
     fn stand(&self) -> Standing {
         let keys = self.keys.iter().map(|(shard, key, _)| (self.ways.park(*shard), key.clone()));
         Standing::join(keys.collect())
     }
 
-    async fn wait(mut self, standing: Standing, limit: Duration) -> (Reply, Option<GiveBack>) {
+    async fn wait(mut self, limit: Duration) -> (Reply, Option<GiveBack>) {
         let deadline = Instant::now() + limit;
-        if self.kind == Kind::Streams
-            && let Err(error) = self.pin_last_ids().await
-        {
+        let mut changes = self.ways.shared.dispatcher.changes();
+        if let Err(error) = self.follow() {
             return (error.into(), None);
         }
+        if self.row.name == "XREAD"
+            && let Err(reply) = self.pin_last_ids().await
+        {
+            return (reply, None);
+        }
+        loop {
+            let standing = self.stand();
+            if let Some(answer) = self.served(&standing, deadline, &mut changes).await {
+                return answer;
+            }
+        }
+    }
+
+    /// Tries and sleeps until there is an answer. `None`: a key has another home, where it stands in no line.
+    async fn served(
+        &mut self,
+        standing: &Standing,
+        deadline: Instant,
+        changes: &mut watch::Receiver<u64>,
+    ) -> Option<(Reply, Option<GiveBack>)> {
         let places = 0..standing.places.len();
         let at_front = |place: usize| standing.state(place).0;
         let restless = |place: usize| standing.state(place) == (true, true);
@@ -389,7 +426,7 @@ impl Waiter {
         loop {
             let open: Vec<usize> = places.clone().filter(|at| restless(*at) || (polled && at_front(*at))).collect();
             if woken && let Some(found) = self.attempt(|at| open.contains(&at)).await {
-                return found;
+                return Some(found);
             }
             let mut heard = true;
             for at in &open {
@@ -397,7 +434,7 @@ impl Waiter {
                 heard &= park.arm(key).await;
             }
             if let Some(found) = self.attempt(|at| open.contains(&at)).await {
-                return found;
+                return Some(found);
             }
             let still = open.iter().filter(|at| !standing.settle(**at)).count() == 0;
             woken = heard && !still;
@@ -410,9 +447,16 @@ impl Waiter {
                 true => deadline.min(Instant::now() + pause.mul_f64(1.0 + rand::random::<f64>())),
                 false => deadline,
             };
-            let rang = timeout_at(until, standing.bell.notified()).await.is_ok();
+            let rang = tokio::select! {
+                rang = timeout_at(until, standing.bell.notified()) => rang.is_ok(),
+                Ok(()) = changes.changed() => match self.follow() {
+                    Ok(false) => true,
+                    Ok(true) => return None,
+                    Err(error) => return Some((error.into(), None)),
+                },
+            };
             if !rang && until >= deadline {
-                return (Reply::NullArray, None);
+                return Some((Reply::NullArray, None));
             }
             (polled, woken) = (!rang, rang);
         }

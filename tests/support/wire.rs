@@ -140,6 +140,13 @@ impl Wire {
         }
     }
 
+    /// Whether what comes next begins so, as far as has come; it is left to be read.
+    pub fn begins(&mut self, start: &[u8]) -> bool {
+        let mut there = [0; 16];
+        let count = self.stream.peek(&mut there[..start.len()]).unwrap();
+        self.unread.is_empty() && count == start.len() && there.starts_with(start)
+    }
+
     /// Reads one line as it is, without its end.
     pub fn read_line(&mut self) -> String {
         let deadline = Instant::now() + patience();
