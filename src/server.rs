@@ -4,7 +4,8 @@
 //! Order of the start: the map is found, shards are asked for their stamps (one that refuses ends the start, one that is down does not),
 //! sockets are bound, HTTP says that we start, lanes run, sockets listen and are announced. Order of the end, on SIGTERM or SIGINT: no further
 //! connection is accepted, waiting clients are answered, replies are finished and connections closed, lanes run empty, HTTP
-//! answers what it was asked; what is left after the drain time is cut off. A second signal ends at once.
+//! answers what it was asked, and what was taken for who is gone is pushed back; what is left after the drain time is cut off. A
+//! second signal ends at once.
 
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
@@ -303,10 +304,13 @@ async fn drained(process: &Process, limit: Duration) {
     process.workers.drain();
     process.clients.wake_all();
     let requests = || process.requests.load(Ordering::Relaxed);
+    let unsettled = || process.forwarding.unsettled.load(Ordering::Relaxed);
+    // What is to be pushed back is looked at last: the end of a client may leave some.
     let is_busy = || {
         process.clients.count() > 0
             || requests() > 0
             || process.dispatcher.map().lanes.iter().any(|lane| !lane.is_idle())
+            || unsettled() > 0
     };
     let all = async {
         let mut look = tokio::time::interval(Duration::from_millis(5));
@@ -316,7 +320,8 @@ async fn drained(process: &Process, limit: Duration) {
     };
     if tokio::time::timeout(limit, all).await.is_err() {
         let connections = process.clients.count();
-        tracing::warn!(connections, requests = requests(), "drain time is up; cutting off what is left");
+        let (requests, unsettled) = (requests(), unsettled());
+        tracing::warn!(connections, requests, unsettled, "drain time is up; cutting off what is left");
     }
 }
 

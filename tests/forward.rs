@@ -511,6 +511,48 @@ fn wait_until_blocked(wire: &mut Wire, count: usize) {
 }
 
 #[test]
+fn a_pop_that_is_on_its_way_when_the_process_ends_takes_nothing() {
+    let mut farm = farm(1);
+    let mut direct = farm.shards[0].wire();
+    direct.say("RPUSH list first second");
+    let (mut wire, mut gone) = (farm.goflow.wire(), farm.goflow.wire());
+    // The link is open, so that the pop waits in the shard's own socket.
+    wire.say("LLEN list");
+    farm.shards[0].stop();
+    gone.send(&["BLPOP", "list", "0"]);
+    wait_until_blocked(&mut wire, 1);
+    farm.goflow.signal("TERM");
+    assert_eq!(gone.read(), Value::Null);
+    assert!(gone.read_to_close().is_empty() && wire.read_to_close().is_empty());
+    farm.shards[0].cont();
+    assert!(farm.goflow.wait().success());
+    assert_eq!(direct.say("LRANGE list 0 -1"), array(&["first", "second"]));
+}
+
+#[test]
+fn what_did_not_reach_its_client_goes_back_to_a_shard_that_was_down_meanwhile() {
+    // More than the sockets hold between the two.
+    let element = "x".repeat(40 << 20);
+    let shard = Server::start(Flavour::Redis7, Server::DURABLE);
+    shard.wire().call(&["RPUSH", "list", &element]);
+    let mut fleet = Fleet::over(vec![shard], 1, &[], &[]);
+    fleet.expect_failures();
+    let mut gone = fleet.proxies[0].wire();
+    gone.send(&["BLPOP", "list", "0"]);
+    let mut direct = fleet.shards[0].wire();
+    eventually!("it is taken", (direct.say("LLEN list") == Value::Integer(0)).then_some(()));
+    eventually!("some of it is sent", gone.begins(b"*2").then_some(()));
+    fleet.shards[0].kill();
+    drop(gone);
+    let mut wire = fleet.proxies[0].wire();
+    let is_alone = |wire: &mut Wire| wire.say("INFO clients").text().contains("connected_clients:1\r\n").then_some(());
+    eventually!("its end is noticed", is_alone(&mut wire));
+    assert!(wire.say("LLEN list").is_error("SHARDDOWN"));
+    fleet.shards[0].restart();
+    eventually!("it is back", (fleet.shards[0].wire().say("LLEN list") == Value::Integer(1)).then_some(()));
+}
+
+#[test]
 fn a_client_that_does_not_read_keeps_nobody_waiting() {
     let farm = farm(1);
     let mut wire = farm.goflow.wire();

@@ -15,7 +15,7 @@ pub mod spread;
 use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 
@@ -51,6 +51,8 @@ pub struct Forwarding {
     /// Most bytes of replies to one request, and of those that wait for one client.
     pub reply_bytes_max: usize,
     pub hub: Arc<Hub>,
+    /// What was or may be taken out of shards for clients, and neither reached them nor is back.
+    pub unsettled: AtomicUsize,
     /// By the number of the shard's lane.
     parks: DashMap<usize, Arc<Park>>,
     /// Where the keys of commands stand that only the servers know; `None`: not to be forwarded.
@@ -75,6 +77,7 @@ impl Forwarding {
             together,
             reply_bytes_max,
             hub,
+            unsettled: AtomicUsize::new(0),
             parks: DashMap::new(),
             learned: DashMap::new(),
         })

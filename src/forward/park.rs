@@ -14,22 +14,26 @@
 //!
 //! Promises: first come, first served within a process, for each key; exactly one element is taken for a client, because
 //! one task does the trying; a client that goes away while it sleeps holds nothing, and an element that was taken for one
-//! that went away in that very moment is pushed back at the end that it came from ([`GiveBack`]).
+//! that went away in that very moment is pushed back at the end that it came from ([`GiveBack`]), which the end of the
+//! process waits for. Who is not polled, because it does not read what was answered before, does not stand in line yet.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use foldhash::fast::RandomState;
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use super::hub::Hub;
 use super::{Forwarded, Request, Started, Ways, check_key, put_request};
 use crate::command::ordinary::{Row, StreamOptions, Wait};
-use crate::error::{Error, Result};
+use crate::error::{Error, Happened, Result};
 use crate::resp::cut;
 use crate::resp::reply::{Protocol, Reply};
 use crate::shard::redis::link::{Heard, Link};
@@ -41,6 +45,9 @@ const POLL_EVERY: Duration = Duration::from_secs(5);
 const POLL_BLIND: Duration = Duration::from_millis(500);
 /// A wait without an end, in practice.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+/// How long, and how often, it is tried to push back what a shard does not take; less than the time to drain.
+const GIVE_BACK_FOR: Duration = Duration::from_secs(20);
+const GIVE_BACK_EVERY: Duration = Duration::from_millis(100);
 
 /// The line for one key.
 #[derive(Default)]
@@ -374,11 +381,9 @@ impl Waiter {
         for group in wanted.chunk_by(|a, b| a.0 == b.0) {
             let shard = group.first().map_or(0, |key| key.0);
             let words = self.words_for(group);
-            let taking = Taking {
-                sent: Some(self.ways.attempt(shard, self.protocol, words)),
-                back: Back { ways: self.ways.clone(), shard, words: self.words.clone() },
-            };
-            match taking.reply().await {
+            let sent = self.ways.attempt(shard, self.protocol, words);
+            let back = Back::new(&self.ways, shard, self.words.clone());
+            match Taking(Some((sent, back))).reply().await {
                 Err(error) => return Some((error.into(), None)),
                 Ok((reply, _)) if cut::is_null(&reply) => {}
                 Ok((reply, back)) => return Some((Reply::Raw(reply.clone()), GiveBack::of(reply, back))),
@@ -484,7 +489,7 @@ impl Waiter {
     }
 }
 
-/// What is needed to push back what a request took.
+/// What is needed to push back what a request took. While there is one, what it took is neither its client's nor back.
 struct Back {
     ways: Arc<Ways>,
     shard: usize,
@@ -492,34 +497,37 @@ struct Back {
 }
 
 impl Back {
-    fn take(&mut self) -> Back {
-        Back { ways: self.ways.clone(), shard: self.shard, words: std::mem::take(&mut self.words) }
+    fn new(ways: &Arc<Ways>, shard: usize, words: Vec<Bytes>) -> Back {
+        ways.shared.unsettled.fetch_add(1, Ordering::Relaxed);
+        Back { ways: ways.clone(), shard, words }
+    }
+}
+
+impl Drop for Back {
+    fn drop(&mut self) {
+        self.ways.shared.unsettled.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// A try on its way. Dropped before its reply came, what it takes is pushed back.
-struct Taking {
-    sent: Option<Forwarded>,
-    back: Back,
-}
+struct Taking(Option<(Forwarded, Back)>);
 
 impl Taking {
     async fn reply(mut self) -> Result<(Bytes, Back)> {
-        let sent = std::future::poll_fn(|context| match &mut self.sent {
-            Some(sent) => std::pin::Pin::new(sent).poll(context),
-            None => std::task::Poll::Ready(Err(Error::bad("asked twice"))),
+        let gone = || Error::bad("asked twice");
+        let reply = std::future::poll_fn(|context| match &mut self.0 {
+            Some((sent, _)) => Pin::new(sent).poll(context),
+            None => Poll::Ready(Err(gone())),
         });
-        let reply = sent.await;
-        self.sent = None;
-        let back = self.back.take();
-        reply.map(|reply| (reply, back))
+        let reply = reply.await;
+        let (_, back) = self.0.take().ok_or_else(gone)?;
+        Ok((reply?, back))
     }
 }
 
 impl Drop for Taking {
     fn drop(&mut self) {
-        let Some(sent) = self.sent.take() else { return };
-        let back = self.back.take();
+        let Some((sent, back)) = self.0.take() else { return };
         tokio::spawn(async move {
             if let Ok(reply) = sent.await {
                 drop(GiveBack::of(reply, back));
@@ -557,8 +565,28 @@ impl GiveBack {
 impl Drop for GiveBack {
     fn drop(&mut self) {
         if let Some(back) = self.back.take() {
-            drop(back.ways.send(back.shard, Protocol::Resp2, std::mem::take(&mut self.undo)));
+            tokio::spawn(push_back(back, std::mem::take(&mut self.undo)));
         }
+    }
+}
+
+/// Sends the request that undoes it until it is done, or may have been.
+async fn push_back(back: Back, undo: Vec<Bytes>) {
+    let until = Instant::now() + GIVE_BACK_FOR;
+    loop {
+        let error = match back.ways.send(back.shard, Protocol::Resp2, undo.clone()).await {
+            Ok(reply) if !cut::is_error(&reply) => return,
+            // What a server refuses it has not done.
+            Ok(reply) => Error::bad(String::from_utf8_lossy(&reply).trim_end().to_owned()),
+            Err(error) => error,
+        };
+        if error.happened == Happened::Maybe || Instant::now() >= until {
+            let (shard, key) =
+                (back.ways.name(back.shard), String::from_utf8_lossy(undo.get(1).map_or(&[][..], |key| key)));
+            tracing::error!(%shard, %key, %error, "what was taken for a client that is gone could not be pushed back");
+            return;
+        }
+        sleep(GIVE_BACK_EVERY).await;
     }
 }
 
@@ -568,12 +596,16 @@ fn undo(reply: &Bytes, words: &[Bytes]) -> Option<Vec<Bytes>> {
     let key = cut::text(parts.first()?)?;
     let name = words.first()?.to_ascii_uppercase();
     let word = |word: &'static [u8]| Bytes::from_static(word);
-    let from_left = || words.iter().skip(3).any(|word| word.eq_ignore_ascii_case(b"LEFT"));
+    // Behind the keys, which may be named as an end is.
+    let from_left = || {
+        let keys = std::str::from_utf8(words.get(2)?).ok()?.parse::<usize>().ok()?;
+        Some(words.get(keys.checked_add(3)?)?.eq_ignore_ascii_case(b"LEFT"))
+    };
     match name.as_slice() {
         b"BLPOP" => Some(vec![word(b"LPUSH"), key, cut::text(parts.get(1)?)?]),
         b"BRPOP" => Some(vec![word(b"RPUSH"), key, cut::text(parts.get(1)?)?]),
         b"BLMPOP" => {
-            let push = if from_left() { word(b"LPUSH") } else { word(b"RPUSH") };
+            let push = if from_left()? { word(b"LPUSH") } else { word(b"RPUSH") };
             let elements = cut::items(parts.get(1)?)?;
             Some([push, key].into_iter().chain(elements.iter().rev().filter_map(cut::text)).collect())
         }
@@ -602,6 +634,7 @@ mod tests {
             ("BLPOP a 0", "*2\r\n$1\r\na\r\n$1\r\nx\r\n", Some("LPUSH a x")),
             ("brpop b a 0", "*2\r\n$1\r\na\r\n$1\r\nx\r\n", Some("RPUSH a x")),
             ("BLMPOP 0 1 a LEFT", "*2\r\n$1\r\na\r\n*2\r\n$1\r\nx\r\n$1\r\ny\r\n", Some("LPUSH a y x")),
+            ("BLMPOP 0 2 left a RIGHT", "*2\r\n$1\r\na\r\n*1\r\n$1\r\nx\r\n", Some("RPUSH a x")),
             ("BZPOPMIN a 0", "*3\r\n$1\r\na\r\n$1\r\nx\r\n,1.5\r\n", Some("ZADD a 1.5 x")),
             ("BZMPOP 0 1 a MIN", "*2\r\n$1\r\na\r\n*1\r\n*2\r\n$1\r\nx\r\n$1\r\n2\r\n", Some("ZADD a 2 x")),
             ("BLMOVE a b LEFT LEFT 0", "$1\r\nx\r\n", None),
