@@ -539,3 +539,28 @@ fn who_waits_for_what_comes_after_the_last_entry_is_not_given_the_old_ones() {
     client.say("SET text x");
     assert!(reader.say("XREAD BLOCK 0 STREAMS text $").is_error("WRONGTYPE"));
 }
+
+#[test]
+fn a_reply_that_is_too_large_is_refused_before_it_is_written() {
+    let goflow = Goflow::start(&["--shard", "a=memory:"]);
+    let mut wire = goflow.wire();
+    let value = "x".repeat(1 << 20);
+    wire.call(&["SET", "key", &value]);
+    wire.call(&["HSET", "hash", "field", &value]);
+    wire.call(&["SADD", "set", &"m".repeat(60_000)]);
+    wire.call(&["XADD", "stream", "1-1", "field", &value]);
+    let mget: Vec<&str> = ["MGET"].into_iter().chain(["key"; 1_000]).collect();
+    let xread = [&["XREAD", "BLOCK", "0", "STREAMS"][..], &["stream"; 1_000], &["0"; 1_000]].concat();
+    assert!(wire.call(&mget).is_error("TOOBIG"));
+    assert!(wire.call(&xread).is_error("TOOBIG"));
+    assert!(wire.say("HRANDFIELD hash -1000 WITHVALUES").is_error("TOOBIG"));
+    assert!(wire.say("SRANDMEMBER set -20000").is_error("TOOBIG"));
+    wire.say("MULTI");
+    (0..100).for_each(|_| drop(wire.say("GET key")));
+    assert!(wire.say("EXEC").is_error("TOOBIG"));
+    assert_eq!(wire.say("GET key").text().len(), 1 << 20);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", goflow.id())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let kb: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(kb < 400_000, "{kb} kB at the most");
+}

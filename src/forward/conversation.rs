@@ -26,7 +26,7 @@ use crate::dispatch::feed::wish_of;
 use crate::error::{Code, Error, Happened, Result};
 use crate::resp::reply::{Protocol, Reply};
 use crate::resp::{cut, glob};
-use crate::shard::redis::link::{Backlog, Link};
+use crate::shard::redis::link::{Backlog, Link, too_big};
 use crate::shard::{Keys, Keyspace, Unit};
 
 /// Most requests, and bytes of them, that one transaction queues.
@@ -525,7 +525,8 @@ fn execute_local(
                 None => of_keys.next().unwrap_or(Reply::Null),
             });
         }
-        Reply::Array(replies)
+        let (reply, bytes_max) = (Reply::Array(replies), ways.shared.reply_bytes_max);
+        if reply.size() > bytes_max { too_big(bytes_max).into() } else { reply }
     }))
 }
 

@@ -28,7 +28,7 @@ use crate::dispatch::{Dispatcher, ShardMap, router};
 use crate::error::{Code, Error, Result};
 use crate::resp::reply::{Protocol, Reply, put_bulk, put_header};
 use crate::resp::{cut, glob};
-use crate::shard::redis::link::{Backlog, Link, Replies};
+use crate::shard::redis::link::{Backlog, Link, Replies, too_big};
 use crate::shard::{BoxFuture, Dial, Keyspace, Unit};
 use hub::{Hub, Kind};
 use park::Park;
@@ -300,7 +300,7 @@ impl Ways {
                 let replies = link.submit_for(raw, 1, Some(backlog.clone()));
                 Forwarded { from: From::Link(replies, Some(backlog.clone())), shape: Shape::Whole }
             }
-            None => self.run(shard, protocol, vec![words.to_vec()]),
+            None => self.run(shard, protocol, vec![words.to_vec()], Shape::Whole),
         }
     }
 
@@ -309,7 +309,7 @@ impl Ways {
         if let Some(link) = self.link(shard, protocol) {
             return Forwarded { from: From::Link(link.submit(raw, 1), None), shape: Shape::Whole };
         }
-        self.run(shard, protocol, vec![words.to_vec()])
+        self.run(shard, protocol, vec![words.to_vec()], Shape::Whole)
     }
 
     /// Sends a request of our own making.
@@ -319,9 +319,10 @@ impl Ways {
         self.pass(shard, protocol, &raw, &words)
     }
 
-    /// Runs a request that would block as `MULTI` lets it run: it does not.
-    pub fn attempt(&self, shard: usize, protocol: Protocol, words: Vec<Bytes>) -> Forwarded {
-        self.unit(shard, protocol, vec![words], Shape::Attempt, None)
+    /// Runs a request that would block as `MULTI` lets it run: it does not. One that takes something is not refused for
+    /// the size of its reply by a keyspace in this process, where what it took would be lost with it.
+    pub fn attempt(&self, shard: usize, protocol: Protocol, words: Vec<Bytes>, takes: bool) -> Forwarded {
+        self.unit(shard, protocol, vec![words], Shape::Attempt { takes }, None)
     }
 
     /// Runs requests as one transaction; the answer is that of `EXEC`.
@@ -349,17 +350,20 @@ impl Ways {
                 let sent = link.submit_for(&raw, replies, backlog.clone());
                 Forwarded { from: From::Link(sent, backlog), shape }
             }
-            None => self.run(shard, protocol, requests),
+            None => self.run(shard, protocol, requests, shape),
         }
     }
 
-    /// Runs requests on a shard in this process; the answer is all their replies.
-    fn run(&self, shard: usize, protocol: Protocol, requests: Vec<Vec<Bytes>>) -> Forwarded {
+    /// Runs requests on a shard in this process; the answer is all their replies, whatever the shape.
+    fn run(&self, shard: usize, protocol: Protocol, requests: Vec<Vec<Bytes>>, shape: Shape) -> Forwarded {
         let from = match &self.ways[shard].keyspace {
-            Keyspace::Local(keys) => From::Local(keys.run(Unit { protocol, requests, ..Unit::default() }), protocol),
+            Keyspace::Local(keys) => {
+                let run = keys.run(Unit { protocol, requests, ..Unit::default() });
+                From::Local { run, protocol, bytes_max: self.shared.reply_bytes_max }
+            }
             _ => From::Failed(Error::bad(format!("shard {} takes no ordinary commands", self.ways[shard].name))),
         };
-        Forwarded { from, shape: Shape::Whole }
+        Forwarded { from, shape }
     }
 
     /// Where the keys of a command stand that our table lacks, as the first shard says; `None`: it is not forwarded.
@@ -435,7 +439,7 @@ fn unit(requests: &[Vec<Bytes>]) -> (BytesMut, usize) {
 
 enum From {
     Link(Replies, Option<Arc<Backlog>>),
-    Local(BoxFuture<'static, Result<Option<Vec<Reply>>>>, Protocol),
+    Local { run: BoxFuture<'static, Result<Option<Vec<Reply>>>>, protocol: Protocol, bytes_max: usize },
     Failed(Error),
 }
 
@@ -446,7 +450,9 @@ enum Shape {
     /// The reply of `EXEC`.
     Exec,
     /// The reply to the one request of a unit.
-    Attempt,
+    Attempt {
+        takes: bool,
+    },
 }
 
 /// A request on its way; resolves to its reply as it stands on the wire.
@@ -468,14 +474,10 @@ impl Future for Forwarded {
                 }
                 Poll::Ready(bytes.map(|bytes| shape.take(bytes)))
             }
-            From::Local(run, protocol) => {
-                let protocol = *protocol;
+            From::Local { run, protocol, bytes_max } => {
+                let (protocol, bytes_max) = (*protocol, *bytes_max);
                 let replies = ready!(run.as_mut().poll(context));
-                Poll::Ready(replies.map(|replies| {
-                    let mut out = BytesMut::new();
-                    replies.unwrap_or_default().iter().for_each(|reply| reply.encode(protocol, &mut out));
-                    out.freeze()
-                }))
+                Poll::Ready(replies.and_then(|replies| shape.encode(&replies.unwrap_or_default(), protocol, bytes_max)))
             }
             From::Failed(error) => Poll::Ready(Err(error.clone())),
         }
@@ -488,7 +490,7 @@ fn link_gone() -> Error {
 
 impl Shape {
     fn take(self, bytes: Bytes) -> Bytes {
-        let (Shape::Exec | Shape::Attempt) = self else { return bytes };
+        let (Shape::Exec | Shape::Attempt { .. }) = self else { return bytes };
         let mut replies = cut::replies(&bytes);
         let exec = replies.pop().unwrap_or_default();
         if let Shape::Exec = self {
@@ -499,6 +501,18 @@ impl Shape {
             _ if exec.starts_with(b"*1\r\n") => exec.slice(4..),
             _ => exec,
         }
+    }
+
+    /// All replies of a keyspace in this process. They share what is stored; only written they would take its size, each time
+    /// that they name it.
+    fn encode(self, replies: &[Reply], protocol: Protocol, bytes_max: usize) -> Result<Bytes> {
+        let bytes: usize = replies.iter().map(Reply::size).sum();
+        if bytes > bytes_max && !matches!(self, Shape::Attempt { takes: true }) {
+            return Err(too_big(bytes_max));
+        }
+        let mut out = BytesMut::new();
+        replies.iter().for_each(|reply| reply.encode(protocol, &mut out));
+        Ok(out.freeze())
     }
 }
 

@@ -277,7 +277,7 @@ pub fn start(ways: &Arc<Ways>, wait: Wait, request: Request<'_>) -> Started {
                 wait == Wait::Option && StreamOptions::of(words).is_some_and(|options| options.block.is_none());
             return match ways.shard_of(row.keys, words) {
                 Ok(shard) if is_plain => Started::Forward(ways.forward(shard, request)),
-                Ok(shard) => Started::Forward(ways.attempt(shard, protocol, words.to_vec())),
+                Ok(shard) => Started::Forward(ways.attempt(shard, protocol, words.to_vec(), false)),
                 Err(error) => error.into(),
             };
         }
@@ -285,7 +285,7 @@ pub fn start(ways: &Arc<Ways>, wait: Wait, request: Request<'_>) -> Started {
     };
     match Waiter::new(ways, wait, request) {
         // Without a key there is nothing to wait for: the server says what is wrong.
-        Ok(waiter) if waiter.keys.is_empty() => Started::Forward(ways.attempt(0, protocol, words.to_vec())),
+        Ok(waiter) if waiter.keys.is_empty() => Started::Forward(ways.attempt(0, protocol, words.to_vec(), false)),
         Ok(waiter) => Started::Waiting(Box::pin(waiter.wait(limit))),
         Err(error) => error.into(),
     }
@@ -381,7 +381,7 @@ impl Waiter {
         for group in wanted.chunk_by(|a, b| a.0 == b.0) {
             let shard = group.first().map_or(0, |key| key.0);
             let words = self.words_for(group);
-            let sent = self.ways.attempt(shard, self.protocol, words);
+            let sent = self.ways.attempt(shard, self.protocol, words, self.kind != Kind::Streams);
             let back = Back::new(&self.ways, shard, self.words.clone());
             match Taking(Some((sent, back))).reply().await {
                 Err(error) => return Some((error.into(), None)),

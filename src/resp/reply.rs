@@ -60,6 +60,23 @@ impl Reply {
         Reply::Integer(i64::try_from(number).unwrap_or(i64::MAX))
     }
 
+    /// About how many bytes it takes on the wire, told without writing it.
+    pub fn size(&self) -> usize {
+        const MARK_AND_END: usize = 3;
+        let inside = match self {
+            Reply::Simple(text) => text.len(),
+            Reply::Bulk(bytes) | Reply::RawError(bytes) | Reply::Raw(bytes) => bytes.len(),
+            Reply::Error(error) => error.text.len(),
+            Reply::Array(items) | Reply::Set(items) | Reply::Push(items) | Reply::Many(items) => {
+                items.iter().map(Reply::size).sum()
+            }
+            Reply::Map(pairs) => pairs.iter().map(|(field, value)| field.size() + value.size()).sum(),
+            Reply::Integer(_) | Reply::Double(_) | Reply::Boolean(_) => 1,
+            Reply::Null | Reply::NullArray | Reply::Nothing => 0,
+        };
+        MARK_AND_END + inside
+    }
+
     /// Appends the reply as it stands on the wire.
     pub fn encode(&self, protocol: Protocol, out: &mut BytesMut) {
         let resp3 = protocol == Protocol::Resp3;
@@ -211,6 +228,14 @@ mod tests {
         assert_eq!(wire(Reply::Double(1.5), Protocol::Resp3), ",1.5\r\n");
         assert_eq!(wire(Reply::Set(vec![Reply::OK]), Protocol::Resp3), "~1\r\n+OK\r\n");
         assert_eq!(wire(Reply::Set(vec![Reply::OK]), Protocol::Resp2), "*1\r\n+OK\r\n");
+    }
+
+    #[test]
+    fn a_reply_is_not_much_larger_than_it_says() {
+        let item = || Reply::Bulk(vec![b'x'; 1_000].into());
+        let large = Reply::Map(vec![(Reply::OK, Reply::Array(vec![item(), item()])), (Reply::Integer(1), item())]);
+        let written = wire(large.clone(), Protocol::Resp3).len();
+        assert!((3_000..=written).contains(&large.size()), "{} of {written}", large.size());
     }
 
     #[test]
