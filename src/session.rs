@@ -353,6 +353,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                         let (named, ends) = named_leases(&words);
                         self.membership.note_request(at, &named, ends);
                     }
+                    self.unacked.next(at);
                     self.start(&words);
                     started = true;
                 }
@@ -396,7 +397,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
 
     fn start(&mut self, words: &[Bytes]) {
         let protocol = self.context.protocol;
-        self.unacked.next();
         self.what = What { words: words.len(), ..What::default() };
         if self.authenticated
             && let Some(place) = words.first().and_then(|name| ordinary::place(name))
@@ -637,7 +637,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         {
             for keep in holds {
                 match keep {
-                    Keep::Popped(popped) => self.unacked.put(popped),
+                    Keep::Popped(popped) => self.unacked.put(popped, self.received),
                     Keep::Bound(hold, binding, is_doubtful) => {
                         let from = (!is_doubtful).then_some(self.received);
                         self.membership.note_written(hold, binding, from);

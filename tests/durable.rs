@@ -15,7 +15,7 @@ use crate::support::fleet::Fleet;
 use crate::support::goflow::Goflow;
 use crate::support::process::{Process, Program, on_path, venv};
 use crate::support::servers::{Flavour, Server};
-use crate::support::wire::{Value, Wire};
+use crate::support::wire::{Value, Wire, encode};
 use crate::support::{scratch, size};
 
 /// A pattern for each policy. The times are short where a test waits for them.
@@ -41,24 +41,28 @@ pattern = "long:*"
 ack = "lease"
 "#;
 
-/// A file of these settings, which must outlive the process.
-fn settings() -> (TempDir, String) {
+/// A file with these settings, which must outlive the process.
+fn settings(text: &str) -> (TempDir, String) {
     let dir = scratch();
     let path = dir.path().join("goflow.toml");
-    std::fs::write(&path, LISTS).unwrap();
+    std::fs::write(&path, text).unwrap();
     let path = path.to_str().unwrap().to_owned();
     (dir, path)
 }
 
 /// One proxy over so many shards.
 fn over(shards: usize) -> (Fleet, TempDir) {
-    let (dir, path) = settings();
+    let (dir, path) = settings(LISTS);
     (Fleet::start(shards, 1, &["--config", &path, "--strategy", "round-robin"]), dir)
 }
 
 /// One process with an embedded shard.
 fn alone() -> (Goflow, TempDir) {
-    let (dir, path) = settings();
+    with(LISTS)
+}
+
+fn with(text: &str) -> (Goflow, TempDir) {
+    let (dir, path) = settings(text);
     (Goflow::start(&["--config", &path]), dir)
 }
 
@@ -297,6 +301,34 @@ fn each_policy_acks_when_it_says() {
     drop(worker);
     assert_eq!(wire.say("GOFLOW.STATS timed:p").field("completed"), &Value::Integer(1));
     assert_eq!(wire.say("GOFLOW.STATS timed:p").field("lapsed"), &Value::Integer(0));
+}
+
+#[test]
+fn what_was_sent_before_a_reply_could_be_read_does_not_ack_it() {
+    let (goflow, _settings) = alone();
+    let mut wire = goflow.wire();
+    let pop = |worker: &mut Wire| {
+        worker.send_raw(encode(&["LPOP", "jobs:pipe"]).repeat(10));
+        (0..10).map(|_| worker.read().text()).collect::<Vec<_>>()
+    };
+    let elements: Vec<String> = (0..10).map(|number| number.to_string()).collect();
+    elements.iter().for_each(|element| drop(wire.call(&["RPUSH", "jobs:pipe", element])));
+    for _ in 0..2 {
+        let mut worker = goflow.wire();
+        assert_eq!(pop(&mut worker), elements);
+        drop(worker);
+        eventually!("all are back", (wire.say("LLEN jobs:pipe") == Value::Integer(10)).then_some(()));
+    }
+    let mut worker = goflow.wire();
+    assert_eq!(pop(&mut worker), elements);
+    worker.say("PING");
+    eventually!("all are done with", (known(&mut wire, "jobs:pipe") == 0).then_some(()));
+    // The same of what stood behind a pop that waited.
+    worker.send_raw([encode(&["BRPOP", "jobs:pipe", "0"]), encode(&["PING"])].concat());
+    wire.say("LPUSH jobs:pipe x");
+    assert_eq!((worker.read(), worker.read()), (array(&["jobs:pipe", "x"]), Value::Simple("PONG".into())));
+    drop(worker);
+    eventually!("it is back", (wire.say("LLEN jobs:pipe") == Value::Integer(1)).then_some(()));
 }
 
 #[test]

@@ -38,7 +38,7 @@ const LEASE_MARGIN_MS: Millis = 10_000;
 /// When an element that was popped is done with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Acked {
-    /// When the connection sends another command, or `QUIT`.
+    /// When the connection sends another command after the reply was written, or `QUIT`.
     Next,
     /// As soon as the reply is written: what Redis itself promises.
     Now,
@@ -81,7 +81,8 @@ impl Popped {
 /// What one connection has popped and not acked. Dropped, all of it goes back.
 #[derive(Default)]
 pub struct Unacked {
-    next: Vec<Popped>,
+    /// Each with how many bytes had come from the client when it was written: what begins later was sent knowing it.
+    next: Vec<(u64, Popped)>,
     /// By when they are acked, and a number that tells those of one instant apart.
     timed: BTreeMap<(Instant, u64), Popped>,
     count: u64,
@@ -91,13 +92,13 @@ pub struct Unacked {
 }
 
 impl Unacked {
-    /// The client has been sent these.
-    pub fn put(&mut self, popped: Popped) {
+    /// The client has been sent these, after so many bytes had come from it.
+    pub fn put(&mut self, popped: Popped, received: u64) {
         match popped.acked {
             Acked::Now => popped.ack(),
             Acked::Next => {
                 self.elements += popped.elements;
-                self.next.push(popped);
+                self.next.push((received, popped));
             }
             Acked::Lease => {
                 self.elements += popped.elements;
@@ -107,9 +108,11 @@ impl Unacked {
         }
     }
 
-    /// The client sends another command.
-    pub fn next(&mut self) {
-        for popped in self.next.drain(..) {
+    /// The client sends another command, which begins at `at` of what has come from it. One that it sent before it could
+    /// read an element says nothing of that.
+    pub fn next(&mut self, at: u64) {
+        let known = self.next.partition_point(|(received, _)| *received <= at);
+        for (_, popped) in self.next.drain(..known) {
             self.elements -= popped.elements;
             popped.ack();
         }
@@ -117,7 +120,7 @@ impl Unacked {
 
     /// The client leaves in order.
     pub fn quit(&mut self) {
-        self.next();
+        self.next(u64::MAX);
         std::mem::take(&mut self.timed).into_values().for_each(Popped::ack);
         self.elements = 0;
     }
