@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -329,6 +330,21 @@ fn what_was_sent_before_a_reply_could_be_read_does_not_ack_it() {
     assert_eq!((worker.read(), worker.read()), (array(&["jobs:pipe", "x"]), Value::Simple("PONG".into())));
     drop(worker);
     eventually!("it is back", (wire.say("LLEN jobs:pipe") == Value::Integer(1)).then_some(()));
+}
+
+#[test]
+fn a_pop_waits_as_long_as_it_says() {
+    let (goflow, _settings) = with(&format!("{LISTS}\n[limits]\nblock_ms_max = 50\n"));
+    let (mut wire, mut worker) = (goflow.wire(), goflow.wire());
+    for line in ["BRPOP jobs:w 0", "BLMPOP 30 1 jobs:w LEFT", "BLMOVE jobs:w jobs:v LEFT LEFT 0"] {
+        worker.say("PING");
+        worker.send(&line.split(' ').collect::<Vec<_>>());
+        assert!(worker.try_read(Duration::from_millis(300)).is_err(), "{line}");
+        wire.say("LPUSH jobs:w x");
+        worker.read();
+    }
+    // What is GoFlow's own is bounded as ever.
+    assert_eq!(wire.say("GOFLOW.DEQUEUE jobs:w BLOCK 0"), Value::Null);
 }
 
 #[test]

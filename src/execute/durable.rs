@@ -34,6 +34,8 @@ use crate::shard::{Action, Op, Start};
 pub const UNACKED_MAX: usize = 10_000;
 /// Where the lease time acks, the shard leases for this much longer, so that the ack comes first.
 const LEASE_MARGIN_MS: Millis = 10_000;
+/// Pops wait as long as they say, as on any list: a wait without an end, in practice.
+const BLOCK_MS_MAX: Millis = 100 * 365 * 24 * 3_600_000;
 
 /// When an element that was popped is done with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,6 +187,7 @@ pub fn start(
             format!("the keys of one request are durable lists of one pattern, here {}, or none is", rule.pattern);
         return Answer::reply(Error::bad(text).into());
     }
+    let asker = Asker { block_ms_max: BLOCK_MS_MAX, ..asker };
     let started = match row.name {
         "LPUSH" | "RPUSH" => push(words, limits, dispatcher, asker),
         "LLEN" => len(words, dispatcher, asker),
