@@ -348,6 +348,18 @@ fn a_pop_waits_as_long_as_it_says() {
 }
 
 #[test]
+fn a_push_that_was_stored_in_part_says_so() {
+    let (mut fleet, _settings) = over(2);
+    fleet.expect_failures();
+    let mut wire = fleet.proxies[0].wire();
+    wire.say("RPUSH jobs:part a b");
+    fleet.shards[1].stop();
+    let told = wire.say("RPUSH jobs:part a b");
+    assert!(told.is_error("SHARDDOWN") && told.text().contains("other shards have done their part"), "{told:?}");
+    fleet.shards[1].cont();
+}
+
+#[test]
 fn a_connection_holds_so_many_unacked_elements_and_no_more() {
     let (goflow, _settings) = alone();
     let mut wire = goflow.wire();

@@ -18,13 +18,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::{Answer, Asker, Done, execute, lane_gone};
+use super::{Answer, Asker, Done, execute, graver, lane_gone};
 use crate::clock::Millis;
 use crate::command::ordinary::Row;
 use crate::command::{Dequeue, Enqueue, Limits, Plan, job};
 use crate::dispatch::Dispatcher;
 use crate::dispatch::lane::{Hold, Leased};
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Error, Happened, Result};
 use crate::job::{JobState, Name, Policy};
 use crate::resp::glob;
 use crate::resp::reply::Reply;
@@ -259,8 +259,17 @@ fn push(words: &[Bytes], limits: &Limits, dispatcher: &Arc<Dispatcher>, asker: A
     Ok(Answer::Later(Box::pin(async move {
         let done = answer.done().await;
         let Done::Reply(Reply::Array(ids)) = done else { return done };
-        if let Some(error) = ids.into_iter().find(|id| matches!(id, Reply::Error(_))) {
-            return Done::Reply(error);
+        let mut failure = None;
+        for id in ids {
+            if let Reply::Error(error) = id {
+                failure = Some(graver(failure, error));
+            }
+        }
+        if let Some(mut error) = failure {
+            // Where all failed the answer was no array.
+            error.text = format!("{} (other shards have done their part)", error.text).into();
+            error.happened = Happened::Maybe;
+            return Done::Reply(error.into());
         }
         let known: u64 = dispatcher.map().lanes.iter().filter_map(|lane| lane.load(&queue)).sum();
         Done::Reply(Reply::count(known.max(pushed)))
