@@ -196,7 +196,8 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         }
     }
     begin_to_follow(&process.keeper, &handles)?;
-    if let Some(handle) = handles.get().and_then(|handles| handles.first()) {
+    if let Some((handle, others)) = handles.get().and_then(|handles| handles.split_first()) {
+        others.iter().for_each(|handle| drop(handle.spawn(process.forwarding.clone().refresh())));
         handle.spawn(process.forwarding.clone().follow());
         handle.spawn(mover::run(process.dispatcher.clone(), holder));
     }

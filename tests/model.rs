@@ -17,7 +17,7 @@ use goflow::job::{JobRef, JobState, Lease, Name, Policy};
 use goflow::shard::event::{Page, Recording};
 use goflow::shard::{
     Action, DeathGroup, DeathMark, Departure, LimitDeed, Op, Outcome, Party, Placed, QueueLimits, Rate, Retention,
-    Rules, Shard, Start,
+    Rules, Shard, Start, TravelMark,
 };
 
 use crate::conformance::trial::{BEGIN, block_on, name};
@@ -171,6 +171,7 @@ impl Author {
                 state: *[JobState::Ready, JobState::Scheduled, JobState::Dead].choose(&mut self.rng).unwrap(),
                 count: self.rng.random_range(0..25),
                 route: self.text(),
+                outdated: if self.rng.random_bool(0.2) { self.departure.mark } else { TravelMark::default() },
             },
             2..4 => {
                 let source = Bytes::from_static([b"s1", b"s2"][self.rng.random_range(0..2)]);

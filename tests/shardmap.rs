@@ -538,29 +538,40 @@ fn what_was_on_its_way_arrives_although_its_shard_is_told_to_stay() {
 }
 
 #[test]
-fn a_configuration_leaves_out_no_shard_that_holds_jobs() {
+fn a_configuration_takes_no_shard_out_and_an_order_only_an_empty_or_a_lost_one() {
     let dir = crate::support::scratch();
-    let shards: Vec<Server> = (0..2).map(|_| Server::start(Flavour::Redis7, &[])).collect();
+    let mut shards: Vec<Server> = (0..3).map(|_| Server::start(Flavour::Redis7, &[])).collect();
     let path = dir.path().join("goflow.toml");
+    let urls: Vec<String> = shards.iter().map(Server::url).collect();
     let write = |version: u32, named: &[usize]| {
-        let shard = |at: &usize| format!("[[shard]]\nname = \"s{at}\"\nurl = \"{}\"\n", shards[*at].url());
+        let shard = |at: &usize| format!("[[shard]]\nname = \"s{at}\"\nurl = \"{}\"\n", urls[*at]);
         let shards: String = named.iter().map(shard).collect();
         std::fs::write(&path, format!("map_version = {version}\n{shards}")).unwrap();
     };
-    write(1, &[0, 1]);
+    write(1, &[0, 1, 2]);
     let mut proxy = Goflow::start(&["--config", path.to_str().unwrap()]);
-    proxy.expect_log("waits");
+    ["waits", "not taken", "is down", "given up", "follow", "listen"].iter().for_each(|word| proxy.expect_log(word));
     let mut wire = proxy.wire();
     let id = wire.say("GOFLOW.ENQUEUE main x SHARD s1").text();
-    write(2, &[0]);
-    let reply = wire.say("GOFLOW.RELOAD");
-    let why = reply.field("map_waits").text();
-    assert!(why.contains("s1 holds 1 jobs"), "{why}");
+    write(2, &[0, 2]);
+    let why = wire.say("GOFLOW.RELOAD").field("map_waits").text();
+    assert!(why.contains("leaves out shard s1: GOFLOW.SHARD REMOVE s1"), "{why}");
+    // A start is not refused for it.
+    proxy.restart();
+    let mut wire = proxy.wire();
+    let refusal = wire.say("GOFLOW.SHARD REMOVE s1").text();
+    assert!(refusal.contains("s1 holds 1 jobs"), "{refusal}");
+    let refusal = wire.say("GOFLOW.SHARD REMOVE s1 LOST").text();
+    assert!(refusal.contains("is not lost"), "{refusal}");
     assert_eq!(wire.say("GOFLOW.DEQUEUE main").field("id").text(), id, "it is served yet");
-    let receipt = wire.call(&["GOFLOW.CANCEL", "main", &id]);
-    assert!(!matches!(receipt, Value::Error(_)), "{receipt:?}");
-    eventually!("the shard leaves when it is empty", (version(&proxy) == 2).then_some(()));
-    write(3, &[0, 1]);
+    assert_eq!(wire.call(&["GOFLOW.CANCEL", "main", &id]), Value::Integer(1));
+    ok(&mut wire, "GOFLOW.SHARD REMOVE s1");
+    // The first, which decides on changes as long as it is there.
+    shards.remove(0).kill();
+    eventually!("it is gone", wire.say("GOFLOW.SHARD REMOVE s0 LOST").text().eq("OK").then_some(()));
+    assert_eq!(self::shards(&proxy).len(), 1);
+    assert!(matches!(wire.say("GOFLOW.ENQUEUE main y"), Value::Bulk(_)));
+    write(9, &[0, 1, 2]);
     let why = wire.say("GOFLOW.RELOAD").field("map_waits").text();
     assert!(why.contains("was removed before"), "{why}");
 }

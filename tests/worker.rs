@@ -162,23 +162,13 @@ fn a_second_signal_stops_the_handlers_and_gives_their_jobs_back_uncounted() {
 }
 
 #[test]
-fn a_handler_that_finishes_after_it_is_told_to_stop_has_done_its_job() {
+fn a_handler_that_is_told_to_stop_has_not_done_its_job_however_well_it_ends() {
     let goflow = Goflow::start(&["--shard", "s1=memory:"]);
     let mut wire = goflow.wire();
-    let handler = "trap 'printf done; exit $(cat code)' TERM; cat > code; touch started; while :; do sleep 0.05; done";
-    let mut worker = Worker::start(goflow.address(), &[], &["sh", "-c", handler]);
-    let id = enqueue(&mut wire, "0", "");
-    eventually!("the handler runs", worker.dir.path().join("started").exists().then_some(()));
-    worker.process.signal("TERM");
-    worker.process.stderr.wait_for("finishing what runs");
-    worker.process.signal("TERM");
-    assert!(worker.process.wait().success());
-    assert_eq!(field(&mut wire, &id, "completed", "result"), "done");
-    let _worker = Worker::start(goflow.address(), &["--timeout", "700"], &["sh", "-c", handler]);
-    let late = enqueue(&mut wire, "0", "");
-    assert_eq!(field(&mut wire, &late, "completed", "result"), "done");
-    let failed = enqueue(&mut wire, "3", "BACKOFF 60000");
-    assert!(field(&mut wire, &failed, "scheduled", "error").starts_with("ran for more than 700 ms and was stopped"));
+    let handler = "trap 'exit 0' TERM; cat > /dev/null; while :; do sleep 0.05; done";
+    let _worker = Worker::start(goflow.address(), &["--timeout", "300"], &["sh", "-c", handler]);
+    let late = enqueue(&mut wire, "0", "BACKOFF 60000");
+    assert!(field(&mut wire, &late, "scheduled", "error").starts_with("ran for more than 300 ms and was stopped"));
 }
 
 #[test]

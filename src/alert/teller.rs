@@ -289,11 +289,13 @@ impl Teller {
     async fn lead(&mut self) -> bool {
         let map = self.dispatcher.map();
         self.down_since.retain(|name, _| map.lane(name).is_some_and(|lane| lane.is_down()));
+        for lane in map.lanes.iter().filter(|lane| lane.is_down()) {
+            self.down_since.entry(lane.name().clone()).or_insert_with(Instant::now);
+        }
         for lane in &map.lanes {
             if lane.is_down() {
-                let since = *self.down_since.entry(lane.name().clone()).or_insert_with(Instant::now);
                 // Whoever had the role there may have it until then.
-                if since.elapsed() < Duration::from_millis(LEAD_MS) {
+                if !self.is_out(lane) {
                     self.home = None;
                     return self.is_leading;
                 }
@@ -363,7 +365,7 @@ impl Teller {
         self.watch.look(&alerts.rules, &lanes).await;
         self.settle(&views, &lanes);
         // What those before have left must be known before anything new is told.
-        let is_loaded = lanes.iter().all(|lane| lane.is_down() || self.loaded.contains(lane.name()));
+        let is_loaded = lanes.iter().all(|lane| self.is_out(lane) || self.loaded.contains(lane.name()));
         for channel in 0..self.channels.len() {
             self.launch(channel, is_loaded.then_some(&views[..])).await;
         }
@@ -386,6 +388,12 @@ impl Teller {
             _ = bells => {}
             Some(landed) = self.sends.join_next() => self.take(landed).await,
         }
+    }
+
+    /// Whether a shard is down and not only slow for a moment: what is noted there is not waited for.
+    fn is_out(&self, lane: &Lane) -> bool {
+        let since = self.down_since.get(lane.name());
+        lane.is_down() && since.is_some_and(|since| since.elapsed() >= Duration::from_millis(LEAD_MS))
     }
 
     /// Reads what those who led before have left.

@@ -285,6 +285,8 @@ pub enum MapOrder {
     },
     Remove {
         shard: Box<str>,
+        /// It does not answer and never will.
+        lost: bool,
     },
     /// Former homes are looked into no more.
     Forget,

@@ -26,7 +26,7 @@ pub static ROWS: &[Spec] = &[
         name: "GOFLOW.RELOAD",
         summary: "Reads the configuration anew: the file, the environment and the flags that the process was started with.",
         reply: "A map: `changed`, the settings that are other ones now, and `restart`, those of them that only a restart takes; `map_waits`, where the configuration's shard map cannot be the next one yet, says why.",
-        notes: "`SIGHUP` does the same. What is wrong with the configuration is the error, and then nothing is changed. Shards that are new or gone are taken as a change of the shard map, under the `map_version` of the configuration, which must be higher than the present one. A shard that holds jobs is not left out: that waits until they were moved. One that does not answer is given up.",
+        notes: "`SIGHUP` does the same. What is wrong with the configuration is the error, and then nothing is changed. Shards that are new or gone are taken as a change of the shard map, under the `map_version` of the configuration, which must be higher than the present one. It adds shards and changes weights: one that it leaves out stays until `GOFLOW.SHARD REMOVE` takes it out.",
         examples: "\
 > GOFLOW.RELOAD
 1# \"changed\" => (empty array)
@@ -109,12 +109,12 @@ pub static ROWS: &[Spec] = &[
     Spec {
         name: "GOFLOW.SHARD|REMOVE",
         summary: "Takes an empty shard out of the map.",
-        args: &[NAME],
-        notes: "Refused while it holds jobs that are not over. It takes some seconds, so that no proxy can miss it. Jobs that are over are forgotten with it; ordinary keys stay on its server and are found no more.",
+        args: &[NAME, Arg::flag("LOST", "lost")],
+        notes: "Refused while it holds jobs that are not over. It takes some seconds, so that no proxy can miss it. Jobs that are over are forgotten with it; ordinary keys stay on its server and are found no more. `LOST` gives up a shard that does not answer and never will, with all that it held; it is refused while the shard answers.",
         examples: "\
 > GOFLOW.SHARD REMOVE no-such-shard
 (error) ERR ...",
-        plan: |args, _| order(args, |shard, _| Ok(MapOrder::Remove { shard })),
+        plan: |args, _| order(args, |shard, args| Ok(MapOrder::Remove { shard, lost: args.has("LOST") })),
         ..ORDER
     },
     Spec {

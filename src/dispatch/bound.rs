@@ -185,8 +185,12 @@ impl Worker {
                 if asked.len() >= QUEUES_KEPT_MAX {
                     asked.clear();
                 }
-                let before = asked.insert(queue.clone(), Instant::now());
-                before.is_none_or(|at| at.elapsed() >= Duration::from_millis(workers.terms.keep_ms / 2))
+                let lately = Duration::from_millis(workers.terms.keep_ms / 2);
+                let is_new = asked.get(queue).is_none_or(|at| at.elapsed() >= lately);
+                if is_new {
+                    asked.insert(queue.clone(), Instant::now());
+                }
+                is_new
             };
             if is_new {
                 lanes.iter().for_each(|lane| self.note(lane, queue.clone(), Vec::new(), workers));

@@ -6,7 +6,7 @@ use super::lane::Lane;
 use super::limits;
 use crate::error::{Error, Result};
 use crate::job::{JobState, Name};
-use crate::shard::{Action, Deed, LimitDeed, Op, Outcome};
+use crate::shard::{Action, Deed, LimitDeed, Op, Outcome, TravelMark};
 
 /// Operations that are asked together.
 const GROUP: usize = 64;
@@ -98,7 +98,7 @@ pub async fn routes(lane: &Lane) -> Result<Vec<(Name, Bytes)>> {
 
 /// Takes no job: answers the batch that is on its way.
 fn look_at_batch() -> Action {
-    Action::Depart { state: JobState::Ready, count: 0, route: Bytes::new() }
+    Action::Depart { state: JobState::Ready, count: 0, route: Bytes::new(), outdated: TravelMark::default() }
 }
 
 fn op(name: &Name, action: Action) -> Op {

@@ -15,7 +15,6 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::sync::Mutex;
 
-use super::census::{self, Census};
 use super::layout::{Layout, Member};
 use super::{Dispatcher, ShardEntry, ShardMap, no_shard};
 use crate::error::{Code, Error, Happened, Result};
@@ -81,7 +80,17 @@ impl Beginning {
                 );
                 Beginning { layout: stored, proposal: None }
             }
-            std::cmp::Ordering::Less => Beginning { proposal: Some(config.succeed(&stored)?), layout: stored },
+            std::cmp::Ordering::Less => {
+                // One that cannot be the next is no reason not to serve the present one.
+                let proposal = match config.clone().succeed(&stored) {
+                    Ok(_) => Some(config),
+                    Err(error) => {
+                        tracing::warn!(%error, "the newer shard map of the configuration is not taken");
+                        None
+                    }
+                };
+                Beginning { proposal, layout: stored }
+            }
         })
     }
 }
@@ -156,7 +165,6 @@ impl Keeper {
     /// Has the configuration's newer map decided, if there is one.
     pub async fn propose(&self) -> Result<()> {
         let Some(proposal) = self.proposal().clone() else { return Ok(()) };
-        self.may_leave_out(&proposal).await?;
         let proposed = self
             .change(|layout| match proposal.version > layout.version {
                 true => proposal.clone().succeed(layout).map(Some),
@@ -168,28 +176,6 @@ impl Keeper {
             self.proposal().take_if(|known| known.version == proposal.version);
         }
         proposed.map(drop)
-    }
-
-    /// An error says what would go with shards that a newer map leaves out. One that does not answer is given up by it.
-    async fn may_leave_out(&self, proposal: &Layout) -> Result<()> {
-        let map = self.dispatcher.map();
-        if proposal.version <= map.version() {
-            return Ok(());
-        }
-        for member in map.layout.members.iter().filter(|member| proposal.member(&member.name).is_none()) {
-            let mut found = Census::default();
-            for lane in member.shards().filter_map(|name| map.lane(&name).cloned()) {
-                match within(lane.name(), census::take(&lane)).await {
-                    Ok(census) => found += census,
-                    Err(error) if error.code == Code::ShardDown => {
-                        tracing::warn!(shard = %lane.name(), %error, "the newer map of the configuration gives up a shard that does not answer");
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
-            found.none(&member.name)?;
-        }
-        Ok(())
     }
 
     /// Reads what the shards bear and goes by the newest.
@@ -227,12 +213,36 @@ impl Keeper {
     /// Changes the map: `next` says what of the present one is to become, or that nothing need be done. Whether something
     /// was done.
     pub async fn change(&self, next: impl Fn(&Layout) -> Result<Option<Layout>>) -> Result<bool> {
+        self.change_without(&[], next).await
+    }
+
+    /// Takes a shard out of the map that is gone for good, whatever it held.
+    pub async fn give_up(&self, name: &str) -> Result<()> {
+        let lost = self.shards_of(name)?;
+        let map = self.dispatcher.map();
+        for lane in lost.iter().filter_map(|name| map.lane(name)) {
+            match within(lane.name(), lane.shard().stamp()).await {
+                Err(error) if error.code == Code::ShardDown => {}
+                Err(error) => return Err(error),
+                Ok(_) => {
+                    let why = format!("shard {} answers, so it is not lost; nothing was removed", lane.name());
+                    return Err(Error::bad(why));
+                }
+            }
+        }
+        tracing::warn!(shard = name, "shard is given up with all that it held");
+        self.change_without(&lost, |layout| layout.remove(name)).await.map(drop)
+    }
+
+    /// The same, decided by the first shard that is not lost.
+    async fn change_without(&self, lost: &[String], next: impl Fn(&Layout) -> Result<Option<Layout>>) -> Result<bool> {
         let _one_at_a_time = self.changing.lock().await;
         for _ in 0..TRIES {
             self.catch_up().await;
             let map = self.dispatcher.map();
             let Some(layout) = next(&map.layout)? else { return Ok(false) };
-            let decides = map.lanes.first().ok_or_else(|| Error::bad("there is no shard"))?.clone();
+            let mut deciders = map.lanes.iter().filter(|lane| !lost.iter().any(|name| **name == **lane.name()));
+            let decides = deciders.next().ok_or_else(|| Error::bad("there is no other shard"))?.clone();
             let fresh = self.open_fresh(&layout).await?;
             let stamp = self.dispatcher.stamp(&layout, decides.name());
             match within(decides.name(), decides.shard().claim(stamp)).await {

@@ -51,6 +51,8 @@ pub const ROOM_WAIT: Duration = Duration::from_secs(5);
 const CLAIMS_ON_HEARSAY: usize = 64;
 /// How long a shard may think over a batch before the tickets in it are free for other shards.
 const TICKETS_LENT_MAX: Duration = Duration::from_millis(100);
+/// After an answer that says nothing of a queue.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Queues whose load and timers a lane keeps; the others are found by the sweep.
 const QUEUES_KEPT_MAX: usize = 100_000;
 /// The slow poll that stands behind wake-ups and timers.
@@ -898,7 +900,7 @@ impl Line {
                 self.lane.lines.ring(kind, &name);
             }
         }
-        let mut returned = Vec::new();
+        let (mut returned, mut failed) = (Vec::new(), HashSet::<Name, RandomState>::default());
         for ((answer, queue), outcome) in answers.into_iter().zip(outcomes) {
             match answer {
                 Answer::Session(reply) => match outcome {
@@ -919,8 +921,12 @@ impl Line {
                                 true => ticket.deliver(leased),
                                 false => returned.push((queue, ticket, None)),
                             },
-                            // Whether there are jobs was not said.
-                            Err(_) => returned.push((queue, ticket, None)),
+                            Err(error) if error.code == Code::ShardDown => returned.push((queue, ticket, None)),
+                            Err(_) => {
+                                // Whether there are jobs was not said: it is asked again, but not at once.
+                                failed.insert(queue.clone());
+                                returned.push((queue, ticket, Some(0)));
+                            }
                             Ok(_) => returned.push((queue, ticket, Some(0))),
                         }
                     }
@@ -934,6 +940,19 @@ impl Line {
             }
         }
         self.put_back(returned, is_late);
+        failed.into_iter().for_each(|queue| self.look_again(queue));
+    }
+
+    /// Asks how a queue stands a little later.
+    fn look_again(&mut self, queue: Name) {
+        let Some(slot) = self.slots.get_mut(&queue) else { return };
+        let due_at = Instant::now() + LOOK_AGAIN;
+        if slot.due_at.is_none_or(|known| due_at < known) {
+            if let Some(known) = slot.due_at.replace(due_at) {
+                self.timers.remove(&(known, queue.clone()));
+            }
+            self.timers.insert((due_at, queue));
+        }
     }
 
     /// Puts tickets that got nothing back to the front of their lines, with what is now known of their queues. Where that

@@ -223,8 +223,8 @@ impl Layout {
         Ok(())
     }
 
-    /// This map, from a configuration that is newer than `stored`, as its successor. Whether what it leaves out may go is for
-    /// others to say.
+    /// This map, from a configuration that is newer than `stored`, as its successor. It adds shards and changes weights; only
+    /// an order takes a shard out, which looks for what the shard holds.
     pub fn succeed(mut self, stored: &Layout) -> Result<Layout> {
         for member in &mut self.members {
             match stored.member(&member.name) {
@@ -239,13 +239,14 @@ impl Layout {
                 None => {}
             }
         }
-        if !self.members.iter().any(|member| member.standing == Standing::Open) {
-            return Err(Error::bad("no shard of the configuration takes new jobs; undrain or add one first"));
+        if let Some(gone) = stored.members.iter().find(|member| self.member(&member.name).is_none()) {
+            let name = &gone.name;
+            return Err(Error::bad(format!(
+                "the configuration leaves out shard {name}: GOFLOW.SHARD REMOVE {name} takes it out of the map when it is empty, \
+                 and with LOST when it is gone for good"
+            )));
         }
         self.left = stored.left.clone();
-        let removed = stored.members.iter().filter(|member| self.member(&member.name).is_none());
-        let removed: Vec<String> = removed.map(|member| member.name.clone()).collect();
-        removed.into_iter().for_each(|name| self.note_left(name));
         self.remember(stored)?;
         Ok(self)
     }

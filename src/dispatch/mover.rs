@@ -157,10 +157,12 @@ impl Mover<'_> {
         let route = route(self.map);
         // Before a job is taken out of its line for it.
         Route::parse(route.as_bytes()).ok_or_else(|| Error::bad("no shard takes new jobs"))?;
-        let departure = match ask(lane, queue, Action::Depart { state, count: most, route: route.into() }).await? {
-            Outcome::Departing(departure) => departure,
-            other => return Err(Error::bad(format!("the shard answered a departure with {other:?}"))),
-        };
+        let outdated = TravelMark::default();
+        let departure =
+            match ask(lane, queue, Action::Depart { state, count: most, route: route.into(), outdated }).await? {
+                Outcome::Departing(departure) => departure,
+                other => return Err(Error::bad(format!("the shard answered a departure with {other:?}"))),
+            };
         let Departure { mark, route, jobs } = departure;
         if jobs.is_empty() {
             return Ok(Step::Nothing);
@@ -199,8 +201,11 @@ impl Mover<'_> {
             let action = Action::Arrive { source, mark, jobs: Arc::new(jobs) };
             match ask(lane_there, queue, action).await? {
                 Outcome::Count(_) => {}
-                // Removed from here it would be gone, if it never came there.
+                // The shard lost its last writes in a fail-over. Removed from here the batch would be gone, if it never
+                // came there: under a new mark it comes, at the worst once more.
                 Outcome::Outdated => {
+                    let look = Action::Depart { state: JobState::Ready, count: 0, route: Bytes::new(), outdated: mark };
+                    ask(lane, queue, look).await?;
                     let why = format!("shard {target} knows a later batch of {} than the one on its way", lane.name());
                     return Err(Error::bad(why));
                 }

@@ -92,6 +92,14 @@ impl Forwarding {
         }
     }
 
+    /// Lets the links of this thread follow the shard map until the process ends, also where nobody sends a command.
+    pub async fn refresh(self: Arc<Self>) {
+        let mut changes = self.dispatcher.changes();
+        while changes.changed().await.is_ok() {
+            drop(Ways::of_thread(&self));
+        }
+    }
+
     /// Follows the shard map until the process ends: subscriptions move to where their channels have their homes.
     pub async fn follow(self: Arc<Self>) {
         let mut changes = self.dispatcher.changes();

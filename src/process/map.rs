@@ -42,7 +42,8 @@ impl Process {
             MapOrder::Move { shard } => {
                 keeper.change(|layout| layout.set_standing(&shard, Standing::Leaving)).await?;
             }
-            MapOrder::Remove { shard } => self.remove(&shard).await?,
+            MapOrder::Remove { shard, lost: false } => self.remove(&shard).await?,
+            MapOrder::Remove { shard, lost: true } => keeper.give_up(&shard).await?,
             MapOrder::Forget => {
                 keeper.change(Layout::forget_former).await?;
             }

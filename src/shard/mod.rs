@@ -357,8 +357,9 @@ pub enum Action {
     /// [`Outcome::Enqueued`] with one or none
     Seek { id: Option<Bytes>, unique: Option<Bytes>, homes_since: u64 },
     /// Takes up to `count` ready, scheduled or dead jobs out of their order, oldest first, for [`TRAVEL_BYTES_MAX`]; `route` is
-    /// kept with them. While a batch is on its way, that one. [`Outcome::Departing`]
-    Depart { state: JobState, count: u64, route: Bytes },
+    /// kept with them. While a batch is on its way, that one; where it has the mark `outdated`, under a new one.
+    /// [`Outcome::Departing`]
+    Depart { state: JobState, count: u64, route: Bytes, outdated: TravelMark },
     /// Adds a batch of another shard's jobs. [`Outcome::Count`]: 0 when it is here already; [`Outcome::Outdated`] when a later
     /// one is: whether this one was ever here is not known.
     Arrive { source: Bytes, mark: TravelMark, jobs: Arc<Vec<JobView>> },

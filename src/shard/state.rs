@@ -406,7 +406,9 @@ mod tests {
                 Action::Keep { keeper: b % 2, keep_ms: a % 3 * 40, parties: vec![party] }
             }
             19 => {
-                Action::Depart { state: JobState::ALL[[0, 1, 3][(a % 3) as usize]], count: b % 4, route: key("r", b) }
+                let state = JobState::ALL[[0, 1, 3][(a % 3) as usize]];
+                let outdated = TravelMark { at: a % 3, number: b % 40 };
+                Action::Depart { state, count: b % 4, route: key("r", b), outdated }
             }
             20 => Action::Departed { mark: TravelMark { at: a % 3, number: a % 40 } },
             21 => Action::Seek { id: Some(key("id", b % 4)), unique: None, homes_since: a % 3 },

@@ -11,7 +11,8 @@ use super::{Keeper, cases};
 
 async fn depart(trial: &mut Trial, state: JobState, count: u64) -> Departure {
     let route = Bytes::from_static(b"a*1;b*1");
-    match trial.one(Action::Depart { state, count, route }).await {
+    let outdated = TravelMark::default();
+    match trial.one(Action::Depart { state, count, route, outdated }).await {
         Outcome::Departing(departure) => departure,
         other => panic!("expected a departure, got {other:?}"),
     }
@@ -92,6 +93,20 @@ async fn what_has_arrived_is_not_added_again(keeper: &Keeper) {
     // The source lost its last writes and counts from an older number.
     assert_eq!(arrive(&mut trial, TravelMark { at: 2_000, number: 3 }, &batch.jobs[..1]).await, 1);
     assert_eq!(arrive_late(&mut trial, mark(9), &batch.jobs[..1]).await, Outcome::Outdated, "older than that");
+}
+
+async fn a_batch_that_its_target_calls_outdated_goes_under_a_new_mark(keeper: &Keeper) {
+    let mut trial = keeper.open().await;
+    trial.enqueue_many(Policy::default(), 3).await;
+    let batch = depart(&mut trial, JobState::Ready, 2).await;
+    let again = |outdated| Action::Depart { state: JobState::Ready, count: 9, route: Bytes::new(), outdated };
+    let Outcome::Departing(same) = trial.one(again(after(batch.mark))).await else { panic!("no departure") };
+    assert_eq!(same, batch, "it was another that is outdated");
+    let Outcome::Departing(renewed) = trial.one(again(batch.mark)).await else { panic!("no departure") };
+    assert!(renewed.mark > batch.mark);
+    assert_eq!((renewed.route, renewed.jobs), (batch.route, batch.jobs));
+    assert_eq!(trial.count(Action::Departed { mark: batch.mark }).await, 0);
+    assert_eq!(trial.count(Action::Departed { mark: renewed.mark }).await, 2);
 }
 
 async fn a_clock_that_is_set_back_makes_no_earlier_batch(keeper: &Keeper) {
@@ -222,7 +237,7 @@ async fn a_late_ack_of_a_job_on_its_way_counts_nothing(keeper: &Keeper) {
 async fn only_what_waits_or_is_dead_departs(keeper: &Keeper) {
     let trial = keeper.open().await;
     for state in [JobState::Leased, JobState::Completed, JobState::Cancelled, JobState::Expired] {
-        let action = Action::Depart { state, count: 1, route: Bytes::new() };
+        let action = Action::Depart { state, count: 1, route: Bytes::new(), outdated: TravelMark::default() };
         let op = goflow::shard::Op { queue: trial.queue.clone(), action };
         let applied = trial.shard.apply(vec![op], Some(BEGIN)).await;
         assert!(applied.outcomes[0].is_err(), "{state:?}");
@@ -267,6 +282,7 @@ cases![
     the_same_batch_departs_until_it_has_arrived,
     what_has_arrived_is_not_added_again,
     a_clock_that_is_set_back_makes_no_earlier_batch,
+    a_batch_that_its_target_calls_outdated_goes_under_a_new_mark,
     a_job_arrives_as_it_departed,
     ready_jobs_arrive_behind_those_that_are_there_but_before_lower_ones,
     keys_travel_with_their_jobs,

@@ -1,8 +1,8 @@
 //! A job done by a program: payload on standard input, labels in the environment, the verdict by its exit code.
 //!
 //! The program runs in a process group of its own, so that a signal from the terminal reaches only the worker, and so that
-//! stopping it stops what it started, too. What it writes on standard error appears on ours. One that is told to stop and ends
-//! well within [`GRACE`] has done its job: what was done must not be done again.
+//! stopping it stops what it started, too. What it writes on standard error appears on ours. One that is told to stop has not
+//! done its job, whatever its exit code: many end well without having finished.
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
@@ -63,20 +63,16 @@ pub async fn handle(words: &[OsString], task: &Task, worker: &Worker) -> Verdict
     feed(&mut child, task.payload().to_vec());
     let output = child.stdout.take().map(|pipe| tokio::spawn(keep(pipe, Keep::Head)));
     let errors = child.stderr.take().map(|pipe| tokio::spawn(keep(pipe, Keep::TailAndShow)));
-    let mut end = tokio::select! {
+    let end = tokio::select! {
         status = child.wait() => status.map_or_else(End::Unknown, End::Exited),
         () = patience(worker.options.timeout) => End::TimedOut,
         () = raised(&worker.stopping) => End::Stopped,
     };
     if matches!(end, End::TimedOut | End::Stopped) {
         group.signal(Signal::TERM);
-        match tokio::time::timeout(GRACE, child.wait()).await {
-            Ok(Ok(status)) if status.success() => end = End::Exited(status),
-            Ok(_) => {}
-            Err(_) => {
-                group.signal(Signal::KILL);
-                let _ = child.wait().await;
-            }
+        if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
+            group.signal(Signal::KILL);
+            let _ = child.wait().await;
         }
     } else {
         // Its number may be another's soon.

@@ -655,8 +655,11 @@ fn put_one(command: &mut Cmd, scratch: &mut BytesMut, action: &Action) {
             put_bytes(scratch, unique.as_deref().unwrap_or_default());
             command.arg("q").arg(&scratch[..]);
         }
-        Action::Depart { state, count, route } => {
-            command.arg("d").arg(state_char(*state)).arg(*count.min(&(BULK_JOBS_MAX as u64))).arg(&route[..]);
+        Action::Depart { state, count, route, outdated } => {
+            scratch.clear();
+            put_mark(scratch, *outdated);
+            command.arg("d").arg(state_char(*state)).arg(*count.min(&(BULK_JOBS_MAX as u64)));
+            command.arg(&route[..]).arg(&scratch[..]);
         }
         Action::Arrive { source, mark, jobs } => {
             scratch.clear();

@@ -1563,8 +1563,16 @@ function make_rules()
   end
 
   -- Answers {mark, route, views}, or nothing where no batch is on its way.
+  local function next_mark()
+    M.seq = M.seq + 1
+    local last = call('HGET', HELD, 'l')
+    local mark = pack('>I6I6', math.max(now, last and parse('>I6', last) or 0), M.seq)
+    call('HSET', HELD, 'l', mark)
+    return mark
+  end
+
   local function depart()
-    local state, most, route = arguments(3)
+    local state, most, route, outdated = arguments(4)
     most = math.min(tonumber(most), bulk_max)
     local stored = call('HGETALL', MOVING)
     if #stored == 0 then
@@ -1585,12 +1593,8 @@ function make_rules()
       if count == 0 then
         return {}
       end
-      M.seq = M.seq + 1
-      local last = call('HGET', HELD, 'l')
-      local mark = pack('>I6I6', math.max(now, last and parse('>I6', last) or 0), M.seq)
-      call('HSET', HELD, 'l', mark)
       stored[#stored + 1] = ''
-      stored[#stored + 1] = mark .. route
+      stored[#stored + 1] = next_mark() .. route
       send('HSET', MOVING, stored)
     end
     local mark, seqs, ranks = '', {}, {}
@@ -1602,6 +1606,10 @@ function make_rules()
         seqs[#seqs + 1] = job
         ranks[job] = value
       end
+    end
+    if mark == outdated then
+      mark = next_mark()
+      call('HSET', MOVING, '', mark .. route)
     end
     table.sort(seqs, function(a, b) return ranks[a] < ranks[b] end)
     local records, states, views = fetch(JOBS, seqs), fetch(STATE, seqs), {}

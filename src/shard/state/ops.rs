@@ -79,7 +79,7 @@ impl<R: Rows> Turn<'_, R> {
             Action::Limit(deed) => Ok(self.limit(deed)),
             // An object is no part of a queue: it never comes here.
             Action::Seek { id, unique, homes_since } => self.seek(id.as_ref(), unique.as_ref(), homes_since),
-            Action::Depart { state, count, route } => self.depart(state, count, &route),
+            Action::Depart { state, count, route, outdated } => self.depart(state, count, &route, outdated),
             Action::Arrive { source, mark, jobs } => self.arrive(&source, mark, &jobs),
             Action::Departed { mark } => self.departed(mark),
             Action::Tick | Action::Keyed { .. } => Ok(Outcome::Done),

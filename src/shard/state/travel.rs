@@ -115,7 +115,7 @@ impl<R: Rows> Turn<'_, R> {
         Ok(Outcome::Enqueued(vec![Placed::Held { seq, chosen }]))
     }
 
-    pub fn depart(&mut self, state: JobState, count: u64, route: &Bytes) -> Result<Outcome> {
+    pub fn depart(&mut self, state: JobState, count: u64, route: &Bytes, outdated: TravelMark) -> Result<Outcome> {
         if self.queue.travel.departing.is_none() {
             let count = usize::try_from(count).unwrap_or(usize::MAX).min(BULK_JOBS_MAX);
             let (mut seqs, mut bytes) = (Vec::new(), 0);
@@ -135,15 +135,17 @@ impl<R: Rows> Turn<'_, R> {
                 }
             }
             if !seqs.is_empty() {
-                let at = self.now.max(self.queue.travel.last.at);
-                let mark = TravelMark { at, number: self.queue.next() };
+                let mark = self.next_mark();
                 let known = seqs.iter().copied().collect();
                 // A copy: what is kept must not hold the request's memory.
                 let route = Bytes::copy_from_slice(route);
-                self.queue.travel.last = mark;
                 self.queue.travel.departing = Some(Batch { mark, route, seqs, known });
                 self.put_travel();
             }
+        } else if self.queue.travel.departing.as_ref().is_some_and(|batch| batch.mark == outdated) {
+            let mark = self.next_mark();
+            self.queue.travel.departing.iter_mut().for_each(|batch| batch.mark = mark);
+            self.put_travel();
         }
         let Some(batch) = self.queue.travel.departing.clone() else {
             return Ok(Outcome::Departing(Departure::default()));
@@ -151,6 +153,12 @@ impl<R: Rows> Turn<'_, R> {
         let jobs: Result<Vec<Option<JobView>>> = batch.seqs.iter().map(|seq| self.view(*seq)).collect();
         let jobs = jobs?.into_iter().flatten().collect();
         Ok(Outcome::Departing(Departure { mark: batch.mark, route: batch.route, jobs }))
+    }
+
+    fn next_mark(&mut self) -> TravelMark {
+        let at = self.now.max(self.queue.travel.last.at);
+        self.queue.travel.last = TravelMark { at, number: self.queue.next() };
+        self.queue.travel.last
     }
 
     pub fn arrive(&mut self, source: &Bytes, mark: TravelMark, jobs: &[JobView]) -> Result<Outcome> {
