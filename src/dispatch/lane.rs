@@ -56,7 +56,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Queues whose load and timers a lane keeps; the others are found by the sweep.
 const QUEUES_KEPT_MAX: usize = 100_000;
 /// The slow poll that stands behind wake-ups and timers.
-const SWEEP_EVERY: Duration = Duration::from_secs(2);
+const SWEEP_EVERY: Duration = Duration::from_millis(2_500);
 /// Queues looked at in one sweep: so many with waiters, and so many of all.
 const SWEEP_QUEUES_MAX: usize = 64;
 /// Releases that are kept for a shard that is out of reach; what is more comes back when its lease ends.

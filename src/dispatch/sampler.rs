@@ -27,19 +27,21 @@ const SAMPLE_EVERY: Duration = Duration::from_secs(2);
 const GROUP: usize = 64;
 /// The pause after a pass is so many times what the pass took.
 const REST: u32 = 10;
-/// Between two passes the lease is renewed, however long the pause is.
-const RENEW_EVERY: Duration = Duration::from_millis(LEAD_MS / 3);
+/// Between two passes the lease is renewed, however long the pause is; so often others ask whether the role is free.
+const RENEW_EVERY: Duration = Duration::from_millis(LEAD_MS / 2);
 
 /// Samples the lane's shard until the process ends; `holder` names this process.
 pub async fn run(lane: Arc<Lane>, metrics: Arc<Metrics>, holder: Arc<str>) {
     let mut sampler = Sampler { lane, metrics, holder, unheard: false };
     while !sampler.lane.is_ended() {
         let pass = Instant::now();
+        let mut least = SAMPLE_EVERY;
         match sampler.pass().await {
             Ok(true) => sampler.hear(),
             Ok(false) => {
                 sampler.hear();
                 sampler.step_back();
+                least = RENEW_EVERY;
             }
             Err(error) => {
                 tracing::debug!(shard = %sampler.lane.name(), %error, "the shard was not sampled");
@@ -49,7 +51,7 @@ pub async fn run(lane: Arc<Lane>, metrics: Arc<Metrics>, holder: Arc<str>) {
                 sampler.lane.note_reach(Err(error));
             }
         }
-        let rest = SAMPLE_EVERY.max(pass.elapsed() * REST);
+        let rest = least.max(pass.elapsed() * REST);
         sampler.rest(rest.mul_f64(rand::random_range(0.9..1.1))).await;
     }
 }
