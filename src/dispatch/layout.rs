@@ -444,11 +444,18 @@ mod tests {
     }
 
     #[test]
-    fn a_newer_configuration_keeps_what_was_ordered() {
+    fn a_newer_configuration_adds_to_what_was_ordered_and_takes_nothing_out() {
         let stored = layout().set_standing("s0", Standing::Draining).unwrap().unwrap();
-        let config = Layout::new(9, vec![member("s0", "redis://a"), member("s2", "redis://c")]);
-        let next = config.succeed(&stored).unwrap();
-        assert_eq!((next.version, next.homes_since, &next.left), (9, 9, &vec!["s1".to_owned()]));
+        let (s0, s1, s2) = (member("s0", "redis://a"), member("s1", "redis://b"), member("s2", "redis://c"));
+        let next = Layout::new(9, vec![s0.clone(), s1.clone(), s2.clone()]).succeed(&stored).unwrap();
+        assert_eq!((next.version, next.homes_since, next.members.len()), (9, 9, 3));
         assert_eq!((next.members[0].standing, next.former.len()), (Standing::Draining, 1));
+        let refusal = Layout::new(9, vec![s0.clone(), s2]).succeed(&stored).unwrap_err();
+        assert!(refusal.text.contains("leaves out shard s1"), "{refusal}");
+        let removed = stored.remove("s1").unwrap().unwrap();
+        let refusal = Layout::new(9, vec![s0.clone(), s1]).succeed(&removed).unwrap_err();
+        assert!(refusal.text.contains("was removed before"), "{refusal}");
+        let refusal = Layout::new(9, vec![Member { partitions: 2, ..s0 }]).succeed(&removed).unwrap_err();
+        assert!(refusal.text.contains("partitions"), "{refusal}");
     }
 }
