@@ -442,7 +442,7 @@ impl Teller {
     async fn remove_note(&mut self, shard: Option<&Arc<str>>, name: &str) {
         if !self.keep_note(shard, name, None).await
             && self.stale.len() < STALE_MAX
-            && let Some(shard) = shard
+            && let Some(shard) = shard.filter(|shard| self.dispatcher.map().lane(shard).is_some())
         {
             self.stale.push((shard.clone(), name.to_owned()));
         }

@@ -945,13 +945,20 @@ impl Line {
 
     /// Asks how a queue stands a little later.
     fn look_again(&mut self, queue: Name) {
-        let Some(slot) = self.slots.get_mut(&queue) else { return };
         let due_at = Instant::now() + LOOK_AGAIN;
-        if slot.due_at.is_none_or(|known| due_at < known) {
-            if let Some(known) = slot.due_at.replace(due_at) {
-                self.timers.remove(&(known, queue.clone()));
-            }
-            self.timers.insert((due_at, queue));
+        if self.slots.get(&queue).is_some_and(|slot| slot.due_at.is_none_or(|known| due_at < known)) {
+            self.set_timer(&queue, Some(due_at));
+        }
+    }
+
+    /// When a queue is looked at next; it is one of those with a slot.
+    fn set_timer(&mut self, queue: &Name, due_at: Option<Instant>) {
+        let Some(slot) = self.slots.get_mut(queue) else { return };
+        if let Some(old) = std::mem::replace(&mut slot.due_at, due_at) {
+            self.timers.remove(&(old, queue.clone()));
+        }
+        if let Some(new) = due_at {
+            self.timers.insert((new, queue.clone()));
         }
     }
 
@@ -1012,20 +1019,12 @@ impl Line {
         let due_at = due_in.map(|ms| Instant::now() + Duration::from_millis(ms.clamp(1, 3_600_000)));
         // Within a few milliseconds of the timer that stands, that one will do.
         let close = |a: Instant, b: Instant| a <= b && b - a < Duration::from_millis(5);
-        match (slot.due_at, due_at) {
-            (Some(old), Some(new)) if close(old, new) => {}
-            (old, new) => {
-                if let Some(old) = old {
-                    self.timers.remove(&(old, queue.clone()));
-                }
-                if let Some(new) = new {
-                    self.timers.insert((new, queue.clone()));
-                }
-                slot.due_at = new;
-                if new.is_none() && slot.waiters.is_empty() {
-                    self.slots.remove(&queue);
-                }
-            }
+        let is_idle = due_at.is_none() && slot.waiters.is_empty();
+        if !matches!((slot.due_at, due_at), (Some(old), Some(new)) if close(old, new)) {
+            self.set_timer(&queue, due_at);
+        }
+        if is_idle {
+            self.slots.remove(&queue);
         }
     }
 

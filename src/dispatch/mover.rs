@@ -56,7 +56,7 @@ pub async fn run(dispatcher: Arc<Dispatcher>, holder: Arc<str>) {
         let (leaving, staying): (Vec<_>, Vec<_>) =
             map.lanes_with_batches().partition(|lane| map.standing_of(lane).is_some_and(Standing::leaves));
         dispatcher.journal.retain(|name, _| leaving.iter().any(|lane| lane.name() == name));
-        let mover = Mover { dispatcher: &dispatcher, map: &map, holder: &holder };
+        let mover = Mover { dispatcher: &dispatcher, map: &map, holder: &holder, route: route(&map).into() };
         for lane in &leaving {
             if let Err(error) = mover.empty(lane).await {
                 tracing::info!(shard = %lane.name(), %error, "moving its jobs rests");
@@ -90,6 +90,7 @@ struct Mover<'a> {
     dispatcher: &'a Dispatcher,
     map: &'a ShardMap,
     holder: &'a str,
+    route: Bytes,
 }
 
 /// What became of a look for a batch.
@@ -103,6 +104,8 @@ enum Step {
 impl Mover<'_> {
     /// One look at all queues of a shard. A queue that cannot be moved now does not keep the others.
     async fn empty(&self, lane: &Lane) -> Result<()> {
+        // Before a job is taken out of its line for it.
+        Route::parse(&self.route).ok_or_else(|| Error::bad("no shard takes new jobs"))?;
         let journal = &self.dispatcher.journal;
         let (mut left, mut failure) = (0, None);
         for queue in lane.shard().queues().await? {
@@ -154,15 +157,11 @@ impl Mover<'_> {
         if !is_newest || !lane.shard().lead(ROLE, self.holder, LEAD_MS).await? {
             return Ok(Step::NotOurs);
         }
-        let route = route(self.map);
-        // Before a job is taken out of its line for it.
-        Route::parse(route.as_bytes()).ok_or_else(|| Error::bad("no shard takes new jobs"))?;
-        let outdated = TravelMark::default();
-        let departure =
-            match ask(lane, queue, Action::Depart { state, count: most, route: route.into(), outdated }).await? {
-                Outcome::Departing(departure) => departure,
-                other => return Err(Error::bad(format!("the shard answered a departure with {other:?}"))),
-            };
+        let (route, outdated) = (self.route.clone(), TravelMark::default());
+        let departure = match ask(lane, queue, Action::Depart { state, count: most, route, outdated }).await? {
+            Outcome::Departing(departure) => departure,
+            other => return Err(Error::bad(format!("the shard answered a departure with {other:?}"))),
+        };
         let Departure { mark, route, jobs } = departure;
         if jobs.is_empty() {
             return Ok(Step::Nothing);
