@@ -110,6 +110,17 @@ impl What {
     }
 }
 
+/// How far the end of the process has come with a session. What a client had sent by then is answered: the runtime is let look
+/// at the sockets once, what it found is read (at most [`READ_AHEAD`]), and nothing that comes later is.
+enum Drain {
+    No,
+    Looking(Pin<Box<dyn Future<Output = ()> + Send>>),
+    /// Until nothing is left there, or so many bytes were received.
+    LastRead(u64),
+    /// The connection closes when what was read is answered; nobody waits.
+    Over,
+}
+
 struct Session<S> {
     socket: S,
     peer: Arc<Peer>,
@@ -135,6 +146,7 @@ struct Session<S> {
     input_ended: bool,
     /// No further request is parsed; the connection closes when its answers are out.
     closing: bool,
+    drain: Drain,
     pending: VecDeque<Pending>,
     output: BytesMut,
     /// The largest that `output` was since it was last empty; its own capacity shrinks as it is sent.
@@ -185,6 +197,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             received: 0,
             input_ended: false,
             closing: false,
+            drain: Drain::No,
             pending: VecDeque::new(),
             output: BytesMut::new(),
             output_size: 0,
@@ -201,6 +214,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     /// Does what can be done now; ready when the connection has ended.
     fn poll(&mut self, context: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
         self.peer.waker.register(context.waker());
+        self.follow_drain(context);
         loop {
             if self.peer.is_killed() {
                 return Poll::Ready(Ok(()));
@@ -209,9 +223,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 let bytes_max = self.process.forwarding.reply_bytes_max;
                 tracing::info!(client = self.peer.id, bytes_max, "a client that does not read its replies is dropped");
                 return Poll::Ready(Err(io::Error::other("too many unread replies")));
-            }
-            if self.process.draining.load(Ordering::Relaxed) {
-                self.closing = true;
             }
             self.now = Instant::now();
             self.unacked.poll(context);
@@ -239,28 +250,50 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                 Poll::Ready(Ok(())) if was_full => continue,
                 Poll::Ready(Ok(())) | Poll::Pending => {}
             }
-            if (self.closing || self.input_ended) && self.pending.is_empty() && self.output.is_empty() {
+            let is_last = self.closing || self.input_ended || self.is_drained();
+            if is_last && self.pending.is_empty() && self.output.is_empty() {
                 return Poll::Ready(Ok(()));
             }
             if self.input_ended && matches!(self.pending.front(), Some(Pending { answer: Answer::Waiting(_), .. })) {
                 return Poll::Ready(Ok(()));
             }
             match self.read(context) {
-                Poll::Ready(Ok(())) => {}
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Ready(Ok(())) => match self.drain {
+                    Drain::LastRead(end) if self.received >= end => self.drain = Drain::Over,
+                    _ => {}
+                },
+                Poll::Pending if matches!(self.drain, Drain::LastRead(_)) => self.drain = Drain::Over,
                 Poll::Pending => return Poll::Pending,
             }
         }
     }
 
+    /// Once for each time that the task is woken, since a step of it is a turn of the runtime.
+    fn follow_drain(&mut self, context: &mut TaskContext<'_>) {
+        if matches!(self.drain, Drain::No) && self.process.draining.load(Ordering::Relaxed) {
+            self.drain = Drain::Looking(Box::pin(tokio::task::yield_now()));
+        }
+        if let Drain::Looking(turn) = &mut self.drain
+            && turn.as_mut().poll(context).is_ready()
+        {
+            self.drain = Drain::LastRead(self.received + READ_AHEAD as u64);
+        }
+    }
+
+    fn is_drained(&self) -> bool {
+        matches!(self.drain, Drain::Over)
+    }
+
     /// Writes the answers at the head of the line that are there.
     fn resolve(&mut self, context: &mut TaskContext<'_>) {
+        let nobody_waits = self.closing || self.is_drained();
         // Who waits already goes on behind a full output: it may stand in front of others.
         while (self.output.len() < OUTPUT_PAUSE || self.peer.blocked.load(Ordering::Relaxed))
             && let Some(pending) = self.pending.front_mut()
         {
             let waits = matches!(pending.answer, Answer::Waiting(_));
-            let unblock = self.closing.then_some(Unblock::Timeout).or_else(|| self.peer.take_unblock());
+            let unblock = nobody_waits.then_some(Unblock::Timeout).or_else(|| self.peer.take_unblock());
             if waits && let Some(how) = unblock {
                 pending.answer = Answer::reply(match how {
                     Unblock::Timeout => Reply::NullArray,
@@ -660,7 +693,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         let held_back = self.pending.back().is_some_and(|pending| pending.answer.holds_back());
         let full = self.pending.len() >= self.window() || self.output.len() >= OUTPUT_PAUSE;
         let enough = (held_back || full) && self.input.len() >= READ_AHEAD;
-        if self.input_ended || enough || self.closing {
+        if self.input_ended || enough || self.closing || self.is_drained() {
             return Poll::Pending;
         }
         if self.input.capacity() - self.input.len() < READ_MIN / 2 {

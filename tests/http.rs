@@ -235,6 +235,7 @@ fn readiness_tells_starting_from_ready_from_draining() {
     // A client that holds the drain up: its command is with a server that does not answer.
     let address = process.stderr.wait_for("listening on ");
     let mut wire = Wire::connect(address.rsplit(' ').next().unwrap());
+    assert_eq!(wire.say("PING").text(), "PONG", "its connection is not among those that nobody has taken yet");
     shard.stop();
     wire.send(&["SET", "a", "b"]);
     process.signal("TERM");
