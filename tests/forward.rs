@@ -738,6 +738,25 @@ fn what_a_slow_subscriber_has_not_read_comes_before_its_subscription_ends() {
 }
 
 #[test]
+fn a_connection_subscribes_to_so_much_and_no_more() {
+    let goflow = Goflow::start(&["--shard", "s1=memory:"]);
+    let mut wire = goflow.wire();
+    let many: Vec<String> = (0..65_537).map(|number| number.to_string()).collect();
+    let request: Vec<&str> = ["PSUBSCRIBE"].into_iter().chain(many.iter().map(String::as_str)).collect();
+    assert!(wire.call(&request).text().starts_with("OVERLOADED a connection subscribes to at most 65536 "));
+    let long = |number: u8| vec![number; 1 << 20];
+    for number in 0..16 {
+        assert_eq!(wire.call(&[b"SUBSCRIBE".to_vec(), long(number)]).items()[2], Value::Integer(i64::from(number) + 1));
+    }
+    let one_more = [b"SUBSCRIBE".to_vec(), long(16)];
+    assert!(wire.call(&one_more).text().ends_with("nothing of this was subscribed to"));
+    assert_eq!(wire.call(&[b"UNSUBSCRIBE".to_vec(), long(3)]).items()[2], Value::Integer(15));
+    assert_eq!(wire.call(&one_more).items()[2], Value::Integer(16));
+    wire.say("RESET");
+    assert_eq!(wire.call(&one_more).items()[2], Value::Integer(1));
+}
+
+#[test]
 fn reset_brings_the_last_messages_and_the_next_subscription_speaks_the_new_protocol() {
     let farm = farm(1);
     let (mut wire, mut other) = (farm.goflow.wire(), farm.goflow.wire());

@@ -32,8 +32,12 @@ use crate::shard::{Keys, Keyspace, Unit};
 /// Most requests, and bytes of them, that one transaction queues.
 const QUEUED_MAX: usize = 65_536;
 const QUEUED_BYTES_MAX: usize = 64 << 20;
+/// Most channels and patterns that one connection subscribes to, and bytes of their names.
+const SUBSCRIBED_MAX: usize = 65_536;
+const SUBSCRIBED_BYTES_MAX: usize = 16 << 20;
 /// How long a shard may take to confirm a subscription.
 const SUBSCRIBE_WAIT: Duration = Duration::from_secs(5);
+const PING: &[u8] = b"*1\r\n$4\r\nPING\r\n";
 /// What may be said in a transaction beside ordinary commands, as any server answers it: with fewest and most words.
 const QUEUEABLE: [(&str, usize, usize); 3] = [("PING", 1, usize::MAX), ("ECHO", 2, 2), ("TIME", 1, 1)];
 /// What of a transaction a shard in this process knows nothing of.
@@ -67,6 +71,7 @@ pub struct Conversation {
     watching: Arc<Mutex<Option<(usize, Watching)>>>,
     inbox: Option<Arc<Inbox>>,
     subscribed: [BTreeSet<Bytes>; 3],
+    subscribed_bytes: usize,
 }
 
 impl Conversation {
@@ -86,6 +91,7 @@ impl Conversation {
             watching: Arc::default(),
             inbox: None,
             subscribed: Default::default(),
+            subscribed_bytes: 0,
         }
     }
 
@@ -198,22 +204,11 @@ impl Conversation {
         self.queue = None;
         self.unwatch();
         for kind in Kind::ALL {
-            for name in std::mem::take(&mut self.subscribed[kind as usize]) {
-                leave(&self.ways.shared, kind, &name, self.client_id);
-            }
+            let names = std::mem::take(&mut self.subscribed[kind as usize]).into_iter().collect();
+            drop(Leaving { shared: self.ways.shared.clone(), kind, names, client_id: self.client_id });
         }
-        self.messages()
-    }
-
-    /// What has come and must be read before the reply that ends a subscription. With the last one the inbox goes, since
-    /// the next may be in another protocol; but not one that overflowed, which ends the connection.
-    fn messages(&mut self) -> Reply {
-        let mut messages = BytesMut::new();
-        let keeps_up = self.inbox.as_ref().is_none_or(|inbox| inbox.drain(&mut messages));
-        if keeps_up && self.subscriptions() == 0 {
-            self.inbox = None;
-        }
-        Reply::Raw(messages.freeze())
+        self.subscribed_bytes = 0;
+        messages(self.inbox.as_ref())
     }
 
     fn transaction(&mut self, step: Step, request: Request<'_>) -> Started {
@@ -384,6 +379,23 @@ impl Conversation {
 
     /// Counted at once, so that what is sent behind is judged right; confirmed when the shards have.
     fn subscribe(&mut self, kind: Kind, words: &[Bytes], protocol: Protocol) -> Started {
+        let bytes = words[1..].iter().map(Bytes::len).sum::<usize>();
+        if self.subscriptions() + words.len() - 1 > SUBSCRIBED_MAX
+            || self.subscribed_bytes + bytes > SUBSCRIBED_BYTES_MAX
+        {
+            return Error::new(
+                Code::Overloaded,
+                format!(
+                    "a connection subscribes to at most {SUBSCRIBED_MAX} channels and patterns, their names to \
+                     {SUBSCRIBED_BYTES_MAX} bytes; nothing of this was subscribed to"
+                ),
+            )
+            .into();
+        }
+        if self.subscriptions() == 0 {
+            // The protocol may be another than it was. One that overflowed stays, since it ends the connection.
+            self.inbox.take_if(|inbox| inbox.keeps_up());
+        }
         let wake = self.wake.clone();
         let inbox =
             self.inbox.get_or_insert_with(|| Inbox::new(self.client_id, protocol, Box::new(move || wake()))).clone();
@@ -392,6 +404,7 @@ impl Conversation {
         let (mut new, mut confirmations, mut replies) = (Vec::new(), Vec::new(), Vec::new());
         for name in &words[1..] {
             if self.subscribed[kind as usize].insert(name.clone()) {
+                self.subscribed_bytes += name.len();
                 confirmations.extend(announce(&ways, kind, name));
                 new.push(name.clone());
             }
@@ -410,6 +423,7 @@ impl Conversation {
         }))
     }
 
+    /// Counted at once; ends when what the shards sent before has come, so that a message that was published by then is told.
     fn unsubscribe(&mut self, kind: Kind, words: &[Bytes]) -> Started {
         let mut names: Vec<Bytes> = words.iter().skip(1).cloned().collect();
         if names.is_empty() {
@@ -420,15 +434,27 @@ impl Conversation {
         if names.is_empty() {
             return Started::Reply(said(self.count(kind), Reply::Null));
         }
+        let shared = self.ways.shared.clone();
+        let mut leaving = Leaving { shared, kind, names: Vec::new(), client_id: self.client_id };
         let mut replies = Vec::new();
         for name in names {
             if self.subscribed[kind as usize].remove(&name) {
-                leave(&self.ways.shared, kind, &name, self.client_id);
+                self.subscribed_bytes -= name.len();
+                leaving.names.push(name.clone());
             }
             replies.push(said(self.count(kind), Reply::Bulk(name)));
         }
-        replies.insert(0, self.messages());
-        Started::Reply(Reply::Many(replies))
+        let sent = everything_sent(&Ways::of_thread(&self.ways.shared), kind, &leaving.names);
+        let inbox = self.inbox.clone();
+        Started::Later(Box::pin(async move {
+            for confirmation in sent {
+                if let Err(error) = confirm(confirmation).await {
+                    tracing::debug!(%error, "a subscription ends without its shard");
+                }
+            }
+            drop(leaving);
+            Reply::Many(vec![messages(inbox.as_ref()), Reply::Many(replies)])
+        }))
     }
 
     /// Channels and patterns are counted together, channels of shards by themselves.
@@ -600,7 +626,7 @@ fn announce(ways: &Ways, kind: Kind, name: &Bytes) -> Vec<Confirmation> {
     let homes = homes(ways, kind, name);
     let mut raw = BytesMut::new();
     put_request(&mut raw, &[Bytes::from_static(kind.subscribe().as_bytes()), name.clone()]);
-    raw.extend_from_slice(b"*1\r\n$4\r\nPING\r\n");
+    raw.extend_from_slice(PING);
     let mut confirmations = Vec::new();
     let listeners: Vec<Arc<Link>> = homes.iter().filter_map(|shard| ways.park(*shard).listener().cloned()).collect();
     let home = homes.first().map(|shard| ways.number(*shard));
@@ -637,18 +663,47 @@ async fn confirm(confirmation: Confirmation) -> Result<()> {
     }
 }
 
-/// The last that leaves unsubscribes where the topic has its home now, which may be another than when it came.
-fn leave(shared: &Forwarding, kind: Kind, name: &Bytes, client_id: u64) {
-    shared.hub.leave(kind, name, client_id, |home| {
-        let Some(home) = home else { return };
-        let mut raw = BytesMut::new();
-        put_request(&mut raw, &[Bytes::from_static(kind.unsubscribe().as_bytes()), name.clone()]);
-        for park in shared.parks.iter().filter(|park| kind == Kind::Pattern || *park.key() == home) {
-            if let Some(link) = park.listener() {
-                drop(link.submit(&raw, 0));
-            }
+/// Resolves when the shards' messages of before have come: each answers a `PING` behind them.
+fn everything_sent(ways: &Ways, kind: Kind, names: &[Bytes]) -> Vec<Confirmation> {
+    let homes: BTreeSet<usize> = names.iter().flat_map(|name| homes(ways, kind, name)).collect();
+    let listeners = homes.iter().filter_map(|shard| ways.park(*shard).listener().cloned());
+    listeners.map(|link| link.submit(PING, 1)).collect()
+}
+
+/// What has come for a client and must be read before the reply that ends a subscription.
+fn messages(inbox: Option<&Arc<Inbox>>) -> Reply {
+    let mut messages = BytesMut::new();
+    if let Some(inbox) = inbox {
+        inbox.drain(&mut messages);
+    }
+    Reply::Raw(messages.freeze())
+}
+
+/// Subscriptions of a client that end with this. The last client that leaves unsubscribes where the topic has its home now,
+/// which may be another than when it came.
+struct Leaving {
+    shared: Arc<Forwarding>,
+    kind: Kind,
+    names: Vec<Bytes>,
+    client_id: u64,
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        let Leaving { shared, kind, names, client_id } = self;
+        for name in names {
+            shared.hub.leave(*kind, name, *client_id, |home| {
+                let Some(home) = home else { return };
+                let mut raw = BytesMut::new();
+                put_request(&mut raw, &[Bytes::from_static(kind.unsubscribe().as_bytes()), name.clone()]);
+                for park in shared.parks.iter().filter(|park| *kind == Kind::Pattern || *park.key() == home) {
+                    if let Some(link) = park.listener() {
+                        drop(link.submit(&raw, 0));
+                    }
+                }
+            });
         }
-    });
+    }
 }
 
 /// The count that a shard answered, with our own clients in the place of our subscription.

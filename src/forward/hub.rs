@@ -87,6 +87,10 @@ impl Inbox {
             let payload = missed_json(&channel, missing);
             out.extend_from_slice(&encode(Kind::ALL[kind], &name, &channel, &payload, self.protocol));
         }
+        self.keeps_up()
+    }
+
+    pub fn keeps_up(&self) -> bool {
         !self.overflowed.load(Ordering::Relaxed)
     }
 
