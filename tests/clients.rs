@@ -12,8 +12,8 @@ use std::process::Command;
 use crate::support::fleet::Fleet;
 use crate::support::goflow::Goflow;
 use crate::support::process::venv;
-use crate::support::scratch;
 use crate::support::wire::{Value, Wire};
+use crate::support::{patience, scratch};
 
 fn program(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients").join(name)
@@ -76,9 +76,12 @@ fn redis_rs_lives_through_a_job() {
         let client = redis::Client::open(format!("redis://{}{url}", goflow.address())).unwrap();
         let mut connection = client.get_connection().unwrap();
         redis_rs_cycle(queue, &mut |words| redis::cmd(words[0]).arg(&words[1..]).query(&mut connection));
-        // Its asynchronous connection gives up an answer after 500 ms, so waits are shorter there.
+        // Its asynchronous connection gives up an answer after 500 ms unless told otherwise.
+        let patient = redis::AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(patience()))
+            .set_response_timeout(Some(patience()));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let mut shared = runtime.block_on(client.get_multiplexed_async_connection()).unwrap();
+        let mut shared = runtime.block_on(client.get_multiplexed_async_connection_with_config(&patient)).unwrap();
         redis_rs_cycle(queue, &mut |words| {
             runtime.block_on(redis::cmd(words[0]).arg(&words[1..]).query_async(&mut shared))
         });
@@ -133,13 +136,13 @@ fn redis_cli_lives_through_a_job() {
             words.next().unwrap()
         };
         let id = say("GOFLOW.ENQUEUE main hello ATTEMPTS 2 BACKOFF 1");
-        let first = receipt(say("GOFLOW.DEQUEUE main BLOCK 4000"));
+        let first = receipt(say("GOFLOW.DEQUEUE main BLOCK 60000"));
         assert_eq!(say(&format!("GOFLOW.FAIL main {first} ERROR boom")), "scheduled");
-        let second = receipt(say("GOFLOW.DEQUEUE main BLOCK 4000"));
+        let second = receipt(say("GOFLOW.DEQUEUE main BLOCK 60000"));
         assert_eq!(say(&format!("GOFLOW.FAIL main {second}")), "dead");
         assert!(say(&format!("GOFLOW.RELEASE main {second}")).contains("LEASELOST"));
         assert_eq!(say(&format!("GOFLOW.DLQ RETRY main {id}")), "1");
-        let third = receipt(say("GOFLOW.DEQUEUE main BLOCK 4000"));
+        let third = receipt(say("GOFLOW.DEQUEUE main BLOCK 60000"));
         assert_eq!(say(&format!("GOFLOW.ACK main {third}")), "1");
         assert_eq!(say("GOFLOW.DEQUEUE main"), "");
     }
@@ -214,7 +217,7 @@ fn replay(goflow: &Goflow, client: &str, said: &[Said]) {
 
 fn work(wire: &mut Wire, queue: &str) {
     wire.call(&["GOFLOW.ENQUEUE", queue, "hello"]);
-    let job = wire.call(&["GOFLOW.DEQUEUE", queue, "BLOCK", "1000"]);
+    let job = wire.call(&["GOFLOW.DEQUEUE", queue, "BLOCK", "0"]);
     assert_eq!(wire.call(&["GOFLOW.ACK", queue, &job.field("receipt").text()]), Value::Integer(1));
 }
 

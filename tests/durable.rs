@@ -31,11 +31,11 @@ ack = "now"
 [[list]]
 pattern = "timed:*"
 ack = "lease"
-lease_ms = 400
+lease_ms = 5000
 
 [[list]]
 pattern = "short:*"
-lease_ms = 300
+lease_ms = 2000
 
 [[list]]
 pattern = "long:*"
@@ -84,12 +84,10 @@ fn drain(wire: &mut Wire, list: &str) -> Vec<String> {
     .collect()
 }
 
-/// How many elements wait, run, or wait for another try.
+/// How many elements wait, run, or wait for another try; of each shard at one moment.
 fn known(wire: &mut Wire, list: &str) -> i64 {
-    ["ready", "scheduled", "leased"]
-        .iter()
-        .map(|state| wire.call(&["GOFLOW.LEN", list, "STATE", state]).integer())
-        .sum()
+    let stats = wire.call(&["GOFLOW.STATS", list]);
+    ["ready", "scheduled", "leased"].iter().map(|state| stats.field(state).integer()).sum()
 }
 
 fn worker(number: usize, address: &str, list: &str, log: &Path) -> Process {
@@ -176,9 +174,13 @@ fn killed_workers_lose_nothing_of_a_durable_list_and_some_of_a_bare_redis() {
     println!("durable list, {kills} kills: {pushed} pushed, {lost} lost, {again} worked on twice");
     assert_eq!(lost, 0);
     let bare = Server::start(Flavour::Redis7, &[]);
-    let (pushed, lost, again) = kill_workers(&bare.address(), "jobs:a", kills);
-    println!("bare Redis, {kills} kills: {pushed} pushed, {lost} lost, {again} worked on twice");
-    assert!(lost > 0, "kills fall into the work, or this test shows nothing");
+    // Few kills may all meet workers that are still starting.
+    let is_shown = (0..5).any(|_| {
+        let (pushed, lost, again) = kill_workers(&bare.address(), "jobs:a", kills);
+        println!("bare Redis, {kills} kills: {pushed} pushed, {lost} lost, {again} worked on twice");
+        lost > 0
+    });
+    assert!(is_shown, "kills fall into the work, or this test shows nothing");
 }
 
 #[test]
@@ -191,15 +193,18 @@ fn a_move_puts_an_element_into_the_other_list_and_leaves_nothing_behind() {
     }
     assert_eq!(wire.say("RPOPLPUSH jobs:nosuch jobs:b"), Value::Null);
     let mut moved: Vec<String> =
-        ["RPOPLPUSH jobs:a jobs:b", "LMOVE jobs:a jobs:b LEFT right", "BRPOPLPUSH jobs:a jobs:b 1"]
+        ["RPOPLPUSH jobs:a jobs:b", "LMOVE jobs:a jobs:b LEFT right", "BRPOPLPUSH jobs:a jobs:b 60"]
             .iter()
             .map(|line| wire.say(line).text())
             .collect();
-    assert_eq!((wire.say("LLEN jobs:a").integer(), wire.say("LLEN jobs:b").integer()), (1, 3));
-    moved.push(wire.say("BLMOVE jobs:a jobs:b RIGHT LEFT 1").text());
+    // A slow shard may have given one to the move that another had served: it comes back.
+    eventually!("three are moved", {
+        ((wire.say("LLEN jobs:a").integer(), wire.say("LLEN jobs:b").integer()) == (1, 3)).then_some(())
+    });
+    moved.push(wire.say("BLMOVE jobs:a jobs:b RIGHT LEFT 60").text());
     moved.sort();
     assert_eq!(moved, ["four", "one", "three", "two"]);
-    assert_eq!(known(&mut wire, "jobs:a"), 0);
+    eventually!("nothing is left", (known(&mut wire, "jobs:a") == 0).then_some(()));
     let mut there = drain(&mut wire, "jobs:b");
     there.sort();
     assert_eq!(there, moved);

@@ -85,7 +85,7 @@ fn a_killed_shard() {
 
 #[test]
 fn a_hung_shard() {
-    let (fleet, mut wire, id) = fleet(&[("GOFLOW_TIMEOUTS_ANSWER_MS", "500")]);
+    let (fleet, mut wire, id) = fleet(&[("GOFLOW_TIMEOUTS_ANSWER_MS", "2000")]);
     fleet.shards[0].stop();
     let reply = wire.say("GOFLOW.ENQUEUE once x SHARD s0");
     assert!(is_down(&reply, "s0") && reply.text().contains("may have happened"), "{reply:?}");
@@ -151,7 +151,7 @@ fn a_shard_that_is_out_of_memory() {
 #[test]
 fn a_shard_that_is_loading() {
     // Each of these keys takes some milliseconds to load, and the server answers meanwhile.
-    let slow = ["--key-load-delay", "4000", "--loading-process-events-interval-bytes", "1024"];
+    let slow = ["--key-load-delay", "15000", "--loading-process-events-interval-bytes", "1024"];
     let shards = vec![Server::start(Flavour::Redis7, &slow), Server::start(Flavour::Redis7, &[])];
     for number in 0..1_000 {
         shards[0].wire().call(&["SET", &format!("filler:{number}"), &"x".repeat(200)]);
@@ -244,7 +244,7 @@ fn a_proxy_starts_without_a_shard_that_is_down_and_takes_it_in_later() {
 
 #[test]
 fn an_answer_that_was_lost_is_safe_to_ask_for_again() {
-    let (fleet, mut wire, _) = fleet(&[("GOFLOW_TIMEOUTS_ANSWER_MS", "300")]);
+    let (fleet, mut wire, _) = fleet(&[("GOFLOW_TIMEOUTS_ANSWER_MS", "2000")]);
     // An id whose home is the shard that hangs.
     let id = (0..).map(|n| format!("id-{n}")).find(|id| {
         wire.call(&["GOFLOW.ENQUEUE", "probe", "x", "ID", id]);
@@ -275,7 +275,7 @@ fn a_master_that_is_replaced_by_its_replica() {
     let mut goflow = Goflow::start(&["--shard", &format!("s0={}", trio.url())]);
     goflow.expect_log("shard");
     let mut wire = goflow.wire();
-    let fence = wire.say("GOFLOW.LOCK ACQUIRE only 60000").items()[1].integer();
+    let fence = wire.say("GOFLOW.LOCK ACQUIRE only 600000").items()[1].integer();
     let mut ids: Vec<String> = (0..100).map(|n| wire.say(&format!("GOFLOW.ENQUEUE main job{n}")).text()).collect();
     let held = wire.say("GOFLOW.DEQUEUE main LEASE 600000");
     // Replication is asynchronous: the promise is for what the replica has.

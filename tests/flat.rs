@@ -69,7 +69,7 @@ fn cost(wire: &mut Wire, processes: &[u32]) -> f64 {
 
 fn compare(kind: &str, wire: &mut Wire, processes: &[u32]) {
     let depth = size("GOFLOW_FLAT_DEPTH", 10_000);
-    let bound = if std::env::var_os("GOFLOW_FLAT_BOUNDS").is_some() { 1.25 } else { 2.0 };
+    let bound = if std::env::var_os("GOFLOW_FLAT_BOUNDS").is_some() { 1.25 } else { 4.0 };
     fill(wire, 1_000, &[]);
     cost(wire, processes);
     let few = cost(wire, processes);

@@ -7,6 +7,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::time::Instant;
 
 use crate::eventually;
 use crate::support::fleet::Fleet;
@@ -252,6 +253,7 @@ fn an_enqueue_asks_no_shard_for_its_load() {
     wire.say("GOFLOW.ENQUEUE main x");
     let mut monitors: Vec<Wire> = fleet.shards.iter().map(|shard| shard.wire()).collect();
     monitors.iter_mut().for_each(|monitor| assert_eq!(monitor.say("MONITOR"), Value::Simple("OK".into())));
+    let began = Instant::now();
     for _ in 0..300 {
         wire.say("GOFLOW.ENQUEUE main x");
     }
@@ -266,8 +268,9 @@ fn an_enqueue_asks_no_shard_for_its_load() {
             asked += usize::from(!line.contains(" lua]"));
         }
     }
-    // One call for each job, and what a proxy asks in the background.
-    assert!(asked < 400, "300 jobs took {asked} commands");
+    // One call for each job, and what a proxy asks in the background: some a second and shard.
+    let background = 50 + 15 * began.elapsed().as_secs() as usize;
+    assert!(asked < 300 + background, "300 jobs took {asked} commands");
 }
 
 #[test]

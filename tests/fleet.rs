@@ -87,7 +87,7 @@ fn produce(mut client: Client, number: usize, jobs: usize, every: Duration) {
 
 fn work(mut client: Client) {
     while !client.seen.finished.load(Ordering::Relaxed) {
-        let job = client.call(&["GOFLOW.DEQUEUE", "main", "BLOCK", "500", "LEASE", "5000"]);
+        let job = client.call(&["GOFLOW.DEQUEUE", "main", "BLOCK", "500", "LEASE", "60000"]);
         if job == Value::Null {
             continue;
         }

@@ -15,6 +15,7 @@ use rand::{Rng, SeedableRng};
 use crate::eventually;
 use crate::support::fleet::Fleet;
 use crate::support::goflow::Goflow;
+use crate::support::patience;
 use crate::support::servers::{Flavour, Server};
 use crate::support::wire::{Value, Wire, encode};
 
@@ -44,7 +45,7 @@ impl Plain {
     fn connect(address: &str) -> Plain {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_nodelay(true).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(patience())).unwrap();
         Plain { stream, unread: Vec::new() }
     }
 
@@ -533,7 +534,7 @@ fn a_pop_that_is_on_its_way_when_the_process_ends_takes_nothing() {
 fn what_did_not_reach_its_client_goes_back_to_a_shard_that_was_down_meanwhile() {
     // More than the sockets hold between the two.
     let element = "x".repeat(40 << 20);
-    let shard = Server::start(Flavour::Redis7, Server::DURABLE);
+    let shard = Server::start(Flavour::Redis7, &[]);
     shard.wire().call(&["RPUSH", "list", &element]);
     let mut fleet = Fleet::over(vec![shard], 1, &[], &[]);
     fleet.expect_failures();
@@ -594,7 +595,7 @@ fn a_group_that_is_named_as_an_option_is_blocks_nobody_else() {
     wire.say("XGROUP CREATE s streams $ MKSTREAM");
     waiting.send(&["XREADGROUP", "GROUP", "streams", "block", "BLOCK", "0", "STREAMS", "s", ">"]);
     wait_until_blocked(&mut wire, 1);
-    assert_eq!(wire.try_call(&["EXISTS", "s"], Duration::from_secs(2)), Ok(Value::Integer(1)));
+    assert_eq!(wire.try_call(&["EXISTS", "s"], patience()), Ok(Value::Integer(1)));
     wire.say("XADD s 1-1 a b");
     assert_eq!(waiting.read().items()[0].items()[0].text(), "s");
     // What the server judges wrong it says so of.

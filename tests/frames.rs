@@ -6,7 +6,6 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use goflow::resp::reply::{Protocol, Reply};
@@ -14,6 +13,7 @@ use goflow::resp::request::{Bounds, Parsed, Parser, ProtocolError};
 use goflow::resp::scan::{ScanState, reply_end};
 use proptest::prelude::*;
 
+use crate::support::patience;
 use crate::support::servers::{Flavour, Server};
 
 /// What one client sends before it closes its side.
@@ -172,7 +172,7 @@ pub fn frames_before_authentication() -> Vec<Frame> {
 /// All that a server says to a client that sends this and closes its side.
 pub fn answer(address: &str, bytes: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream.set_read_timeout(Some(patience())).unwrap();
     // A server that refuses may hang up before it has read all.
     let _ = stream.write_all(bytes).and_then(|()| stream.shutdown(Shutdown::Write));
     let mut answer = Vec::new();

@@ -55,7 +55,7 @@ const COMMANDS: &str = "
     ZDIFFSTORE K 2 K K|ZDIFFSTORE K 2 K K WEIGHTS 1 2|ZINTERCARD 2 K K|ZINTERCARD 2 K K LIMIT 1|ZRANDMEMBER K 100
     ZRANDMEMBER K 100 WITHSCORES|ZRANDMEMBER K|ZSCAN K 0 COUNT 1000|ZADD Z 0 M 0 M 0 V|SADD K 1 2 3
     DEL K|DEL K K|UNLINK K K|EXISTS K K K|TOUCH K K|TYPE K|EXPIRE K T|PEXPIRE K T|EXPIREAT K U|PEXPIREAT K P
-    EXPIRE K 100 {NX,XX,X}|EXPIREAT K U {NX,XX,GT,LT}|EXPIRE K 100 {NX,GT} {XX,LT}|EXPIRE K I|PEXPIREAT K I|TTL K|PTTL K
+    EXPIRE K 100 {NX,XX,X}|EXPIREAT K U {NX,XX,GT,LT}|EXPIRE K 100 {NX,GT} {XX,LT}|EXPIRE K {0,-7,x,1.0}|PEXPIREAT K I|TTL K|PTTL K
     EXPIRETIME K|PEXPIRETIME K|PERSIST K|RENAME K K|RENAMENX K K|SCAN 0 COUNT 1000|SCAN 0 COUNT 1000 TYPE {list,hash,zset}
     SCAN 0 MATCH {k*,*1} COUNT 1000|SCAN {X,1.5} COUNT 1|SCAN 0 COUNT 0|SCAN 0 {TYPE,X}|KEYS {*,k?,k[12],none}|DBSIZE|GET|NOSUCH a b|SET K
     XADD K 1-1 M V|XADD K Y M V|XADD K Y M|XADD K NOMKSTREAM Y M V|XADD K MAXLEN = N Y M V|XADD K MAXLEN N Y M V|XADD K MINID Y Y M V|XLEN K
@@ -121,7 +121,7 @@ fn word(template: &str, dice: &mut StdRng) -> Bytes {
         "G" => one_of(dice, &["0", "1", "-1", "1.5", "0.1", "-2.25", "x", ".5", "7", "3.0", " 1", ""]),
         "S" => one_of(dice, &["-inf", "+inf", "0", "1", "(1", "(0", "2", "1.5", "(-inf", "(inf", "x", "-1", "100"]),
         "L" => one_of(dice, &["-", "+", "[m1", "(m1", "[m5", "(4", "[", "(", "x", "[z"]),
-        "T" => one_of(dice, &["100", "200", "1000", "0", "-1", "x", "9223372036854775807", "99999999999"]),
+        "T" => one_of(dice, &["100000", "200000", "1000000", "0", "-1", "x", "9223372036854775807", "99999999999"]),
         "U" => one_of(dice, &["4102444800", "4102444801", "1", "-5", "x", "9223372036854775807"]),
         "P" => one_of(dice, &["4102444800000", "4102444800123", "1", "0", "x"]),
         "Y" => one_of(
@@ -162,10 +162,10 @@ fn compared(request: &[Bytes], protocol: Protocol) -> Compared {
             Compared::Elements(2)
         }
         "SRANDMEMBER" | "HRANDFIELD" | "ZRANDMEMBER" => Compared::Elements(1),
-        "TTL" => Compared::Near(1),
-        "PTTL" => Compared::Near(10_000),
-        "EXPIRETIME" => Compared::Near(1),
-        "PEXPIRETIME" => Compared::Near(1_000),
+        "TTL" => Compared::Near(60),
+        "PTTL" => Compared::Near(60_000),
+        "EXPIRETIME" => Compared::Near(60),
+        "PEXPIRETIME" => Compared::Near(60_000),
         _ => Compared::Bytes,
     }
 }

@@ -195,7 +195,7 @@ fn a_bound_lock_is_renewed_while_its_client_lives_and_free_when_it_is_killed() {
     let (_, port) = goflow.address().rsplit_once(':').unwrap();
     let dir = scratch();
     let script = format!(
-        "exec 3<>/dev/tcp/127.0.0.1/{port}; printf 'GOFLOW.LOCK ACQUIRE bound 600 BIND OWNER child\\r\\n' >&3; exec cat <&3"
+        "exec 3<>/dev/tcp/127.0.0.1/{port}; printf 'GOFLOW.LOCK ACQUIRE bound 4500 BIND OWNER child\\r\\n' >&3; exec cat <&3"
     );
     let mut child = Process::start(&Program {
         path: PathBuf::from("/bin/bash"),
@@ -210,12 +210,12 @@ fn a_bound_lock_is_renewed_while_its_client_lives_and_free_when_it_is_killed() {
     };
     let mut last = eventually!("the child has it", left(&mut wire));
     let mut renewals = 0;
-    // Six renewals are more than three times its ttl.
+    // Four renewals are more than its ttl.
     eventually!("it is renewed", {
         let now = left(&mut wire).expect("a bound lock ran out");
         renewals += usize::from(now > last);
         last = now;
-        (renewals >= 6).then_some(())
+        (renewals >= 4).then_some(())
     });
     child.kill();
     let (token, fence) = grant(&wire.say("GOFLOW.LOCK ACQUIRE bound 600000 WAIT 600000"));

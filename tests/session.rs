@@ -139,7 +139,7 @@ fn a_worker_that_dies_with_a_job_gives_it_back_with_backoff_and_a_poisonous_one_
         for attempt in 1..=3 {
             let mut victim = goflow.wire();
             let job = loop {
-                let job = victim.say("GOFLOW.DEQUEUE main BLOCK 0 LEASE 40 WORKER victim");
+                let job = victim.say("GOFLOW.DEQUEUE main BLOCK 0 LEASE 1000 WORKER victim");
                 if payload(&job) == "poison" {
                     break job;
                 }

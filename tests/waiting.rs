@@ -113,10 +113,11 @@ fn workers_that_wait_cost_nearly_nothing_and_get_every_job_once() {
         assert!(!bounds || part < 0.01, "an idle proxy uses {:.2} % of a core", 100.0 * part);
     }
     counting.store(false, Ordering::Relaxed);
+    let seconds = began.elapsed().as_secs_f64();
     for (number, monitor) in monitors.into_iter().enumerate() {
         let rate = monitor.join().unwrap() as f64 / seconds;
         println!("{workers} workers idle: {rate:.1} commands a second on s{number}");
-        assert!(rate < 5.0, "idle proxies send {rate:.1} commands a second to s{number}");
+        assert!(!bounds || rate < 5.0, "idle proxies send {rate:.1} commands a second to s{number}");
     }
     let mut producer = runtime.block_on(Worker::connect(fleet.proxies[0].address()));
     let mut longest = Duration::ZERO;

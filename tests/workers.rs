@@ -17,7 +17,7 @@ use crate::support::wire::{Value, Wire};
 use crate::support::{scratch, size};
 
 /// Sessions that a test need not wait long for.
-const QUICK: &[(&str, &str)] = &[("GOFLOW_WORKER_KEEP_MS", "3000"), ("GOFLOW_WORKER_GRACE_MS", "600")];
+const QUICK: &[(&str, &str)] = &[("GOFLOW_WORKER_KEEP_MS", "8000"), ("GOFLOW_WORKER_GRACE_MS", "600")];
 /// As long as a very impatient library waits for an answer.
 const GIVEN_UP_AFTER: Duration = Duration::from_millis(100);
 
@@ -100,7 +100,9 @@ fn kill_with_jobs(options: &str) -> Duration {
     }
     let took = killed_at.elapsed();
     println!("{jobs} jobs of a killed worker ({options}) were with others after {} ms", took.as_millis());
-    assert_eq!((taken, stat(&mut wire, "released"), stat(&mut wire, "lapsed")), (jobs, jobs as i64, 0));
+    // More may have been: what a slow shard gives to a client that another has served comes back as well.
+    assert!(stat(&mut wire, "released") >= jobs as i64);
+    assert_eq!((taken, stat(&mut wire, "lapsed")), (jobs, 0));
     took
 }
 
@@ -117,11 +119,11 @@ fn the_jobs_of_a_killed_worker_without_a_name_go_to_others_at_once() {
 
 #[test]
 fn a_pooled_worker_needs_no_heartbeat() {
-    let held_for = size("GOFLOW_SESSION_HELD_MS", 7_000) as i64;
+    let held_for = size("GOFLOW_SESSION_HELD_MS", 9_000) as i64;
     let goflow = Goflow::start_with(&["--shard", "s1=memory:"], QUICK);
     let (mut one, mut other, mut looker) = (goflow.wire(), goflow.wire(), goflow.wire());
     enqueue(&mut looker, 1);
-    let receipt = one.say("GOFLOW.DEQUEUE main LEASE 300 BIND WORKER pool").field("receipt").text();
+    let receipt = one.say("GOFLOW.DEQUEUE main LEASE 4000 BIND WORKER pool").field("receipt").text();
     // What takes jobs waits for the next one; the job is acked on another connection of the pool.
     one.send(&["GOFLOW.DEQUEUE", "main", "BLOCK", "0", "BIND", "WORKER", "pool"]);
     eventually!("it was held for long", (held_ms(&mut looker, "pool") >= held_for).then_some(()));
@@ -136,10 +138,10 @@ fn a_session_lives_as_long_as_one_of_its_connections() {
     let (mut one, mut other, mut looker) = (goflow.wire(), goflow.wire(), goflow.wire());
     assert_eq!(other.say("GOFLOW.DEQUEUE main BIND WORKER w"), Value::Null);
     enqueue(&mut looker, 2);
-    let jobs = receipts(&one.say("GOFLOW.DEQUEUE main COUNT 2 LEASE 300 BIND WORKER w"));
+    let jobs = receipts(&one.say("GOFLOW.DEQUEUE main COUNT 2 LEASE 4000 BIND WORKER w"));
     assert_eq!(one.say("PING"), Value::Simple("PONG".into()));
     drop(one);
-    eventually!("it outlived its grace", (held_ms(&mut looker, "w") > 2_000).then_some(()));
+    eventually!("it outlived its grace", (held_ms(&mut looker, "w") > 5_000).then_some(()));
     assert_eq!(bound(&mut looker, "w"), 2);
     assert_eq!(other.call(&["GOFLOW.ACK", "main", &jobs[0]]), Value::Integer(1));
     drop(other);
@@ -172,7 +174,8 @@ fn a_client_that_gave_up_waiting_holds_what_it_dropped_for_one_lease_at_most() {
     std::thread::sleep(GIVEN_UP_AFTER);
     // Its library's time was up: it goes on with another command, and will drop the reply to the first.
     client.send(&["PING"]);
-    enqueue(&mut looker, 1);
+    // It comes again so late that the client waits by then.
+    looker.say("GOFLOW.ENQUEUE main x BACKOFF 5000");
     let job = client.read();
     assert_eq!(client.read(), Value::Simple("PONG".into()));
     eventually!("the lease is over", {
@@ -180,7 +183,7 @@ fn a_client_that_gave_up_waiting_holds_what_it_dropped_for_one_lease_at_most() {
         (stat(&mut looker, "lapsed") == 1).then_some(())
     });
     // A client that did read it can say so by naming it.
-    client.send(&["GOFLOW.DEQUEUE", "main", "BLOCK", "60000", "LEASE", "2000", "BIND", "WORKER", "w"]);
+    client.send(&["GOFLOW.DEQUEUE", "main", "BLOCK", "60000", "LEASE", "20000", "BIND", "WORKER", "w"]);
     eventually!("it waits", looker.say("CLIENT LIST").text().contains("flags=b").then_some(()));
     std::thread::sleep(GIVEN_UP_AFTER);
     client.send(&["PING"]);
@@ -233,7 +236,7 @@ fn a_worker_takes_its_session_over_to_another_proxy_when_its_own_is_killed() {
     let mut second = fleet.proxies[1].wire();
     assert!(matches!(second.say("GOFLOW.DEQUEUE main LEASE 600000 BIND WORKER mover"), Value::Null));
     eventually!("the other's job went back", (stat(&mut looker, "ready") == 1).then_some(()));
-    eventually!("the session outlives its proxy", (held_ms(&mut looker, "mover") > 7_000).then_some(()));
+    eventually!("the session outlives its proxy", (held_ms(&mut looker, "mover") > 9_000).then_some(()));
     let acked: i64 = jobs.iter().map(|receipt| second.call(&["GOFLOW.ACK", "main", receipt]).integer()).sum();
     assert_eq!((acked, stat(&mut looker, "released"), stat(&mut looker, "lapsed")), (20, 1, 0));
 }
@@ -241,7 +244,7 @@ fn a_worker_takes_its_session_over_to_another_proxy_when_its_own_is_killed() {
 #[test]
 fn a_proxy_that_drains_leaves_named_sessions_to_others() {
     let mut fleet =
-        Fleet::start_with(1, 2, &[], &[("GOFLOW_WORKER_KEEP_MS", "5000"), ("GOFLOW_WORKER_GRACE_MS", "10")]);
+        Fleet::start_with(1, 2, &[], &[("GOFLOW_WORKER_KEEP_MS", "60000"), ("GOFLOW_WORKER_GRACE_MS", "10")]);
     let (mut named, mut nameless) = (fleet.proxies[0].wire(), fleet.proxies[0].wire());
     let mut looker = fleet.proxies[1].wire();
     enqueue(&mut looker, 3);
@@ -289,7 +292,7 @@ fn workers_are_shown_with_what_they_hold() {
     assert_eq!((held.field("queue").text(), held.field("shard").text()), ("main".into(), "s1".into()));
     assert_eq!((held.field("leased"), held.field("proxies")), (&Value::Integer(2), &Value::Integer(1)));
     assert!(held.field("oldest_ms").integer() >= held.field("held_ms").integer());
-    assert!((1..=3_000).contains(&held.field("ends_in_ms").integer()));
+    assert!((1..=8_000).contains(&held.field("ends_in_ms").integer()));
     assert_eq!(looker.say("GOFLOW.WORKERS main OFFSET 1 COUNT 1").items().len(), 1);
     assert_eq!(looker.say("GOFLOW.WORKERS nothing").items().len(), 3, "who is connected is shown");
     assert!(looker.say("GOFLOW.WORKERS main COUNT 1001").is_error("ERR"));

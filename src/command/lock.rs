@@ -77,7 +77,7 @@ pub static ROWS: &[Spec] = &[
         reply: "1, or 0 when the token holds nothing.",
         notes: "A lock that was taken with `BIND` is renewed by itself, each time for the span it was taken for.",
         examples: "\
-> GOFLOW.LOCK ACQUIRE nightly 1000
+> GOFLOW.LOCK ACQUIRE nightly 30000
 1) \"<token>\"
 2) (integer) 1
 > GOFLOW.LOCK RENEW nightly <token> 60000
@@ -152,7 +152,7 @@ pub static ROWS: &[Spec] = &[
         flags: &[Flag::Write],
         reply: "1, or 0 when the slot is not held.",
         examples: "\
-> GOFLOW.SEM ACQUIRE gpu 4 1000
+> GOFLOW.SEM ACQUIRE gpu 4 30000
 \"<slot>\"
 > GOFLOW.SEM RENEW gpu <slot> 60000
 (integer) 1

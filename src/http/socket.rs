@@ -119,7 +119,7 @@ mod tests {
     #[test]
     fn a_client_that_does_not_read_is_given_up_and_one_that_reads_is_not() {
         on_a_runtime(async {
-            let wait = Duration::from_millis(600);
+            let wait = Duration::from_secs(3);
             let (ours, mut theirs) = tokio::io::duplex(8);
             let mut socket = Socket::new(ours, Answered::default(), wait);
             for _ in 0..3 {

@@ -41,7 +41,7 @@ static void expect_text(const char *line, const char *text) {
 /* Takes a job and leaves its receipt, which stands at the same place in both protocols. */
 static void take(const char *queue, const char *payload, char *receipt) {
     char line[256];
-    snprintf(line, sizeof line, "GOFLOW.DEQUEUE %s BLOCK 4000", queue);
+    snprintf(line, sizeof line, "GOFLOW.DEQUEUE %s BLOCK 60000", queue);
     redisReply *job = call(line);
     /* A flat list or a map: this library shows both as elements. */
     expect(job->elements == 24, line, job);

@@ -56,5 +56,7 @@ fn every_case_holds_on_each_partition_of_a_cluster() {
 
 #[test]
 fn every_case_holds_behind_sentinels() {
-    run_suite(&Home::Sentinels(Arc::new(Sentinels::start(Flavour::Redis7, 1))));
+    let trio = Sentinels::start(Flavour::Redis7, 1);
+    trio.be_patient();
+    run_suite(&Home::Sentinels(Arc::new(trio)));
 }

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 /// `GOFLOW_PATIENCE_S` for runs of another size.
 pub fn patience() -> Duration {
     let seconds = std::env::var("GOFLOW_PATIENCE_S").ok().and_then(|text| text.parse().ok());
-    Duration::from_secs(seconds.unwrap_or(20))
+    Duration::from_secs(seconds.unwrap_or(90))
 }
 
 /// Evaluates an expression again and again until it is `Some`, and yields what it holds; panics with the message when

@@ -7,10 +7,14 @@ use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, PoisonError, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::patience;
+
+/// How long the streams of a process that has ended may stay open.
+const ENDS_WITHIN: Duration = Duration::from_secs(5);
 
 /// What to start, and where.
 #[derive(Clone, Debug)]
@@ -52,9 +56,12 @@ impl Process {
         let _ = self.child.wait();
     }
 
-    /// Waits for the process to end by itself.
+    /// Waits for the process to end by itself, and for all that it wrote.
     pub fn wait(&mut self) -> ExitStatus {
-        crate::eventually!("the process ended", self.child.try_wait().unwrap())
+        let status = crate::eventually!("the process ended", self.child.try_wait().unwrap());
+        self.stdout.wait_for_end();
+        self.stderr.wait_for_end();
+        status
     }
 
     pub fn is_running(&mut self) -> bool {
@@ -101,6 +108,7 @@ fn fork(program: &Program) -> Child {
 pub struct Log {
     lines: Mutex<Vec<String>>,
     grew: Condvar,
+    ended: AtomicBool,
 }
 
 impl Log {
@@ -116,8 +124,19 @@ impl Log {
                 writer.grew.notify_all();
                 line.clear();
             }
+            let lines = writer.lines.lock().unwrap_or_else(PoisonError::into_inner);
+            writer.ended.store(true, Ordering::Relaxed);
+            drop(lines);
+            writer.grew.notify_all();
         });
         log
+    }
+
+    /// Waits until nobody can write any more; a child of the process may, so not for long.
+    fn wait_for_end(&self) {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let goes_on = |_: &mut Vec<String>| !self.ended.load(Ordering::Relaxed);
+        drop(self.grew.wait_timeout_while(lines, ENDS_WITHIN, goes_on));
     }
 
     pub fn lines(&self) -> Vec<String> {

@@ -131,7 +131,7 @@ pub struct Cluster {
 
 impl Cluster {
     pub fn start(flavour: Flavour) -> Cluster {
-        let options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000"];
+        let options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "60000"];
         let nodes: Vec<Server> = (0..3).map(|_| Server::start(flavour, &options)).collect();
         for (place, node) in nodes.iter().enumerate() {
             let mut wire = node.wire();
@@ -177,6 +177,13 @@ impl Sentinels {
         let replicas: Vec<Server> = (0..replicas)
             .map(|_| Server::start(flavour, &["--replicaof", &of, "--repl-diskless-sync-delay", "0"]))
             .collect();
+        // Linked by then, since a sentinel looks for replicas every ten seconds.
+        for replica in &replicas {
+            let mut wire = replica.wire();
+            let is_linked =
+                |wire: &mut Wire| wire.say("INFO replication").text().contains("master_link_status:up").then_some(());
+            crate::eventually!("the replica is linked", is_linked(&mut wire));
+        }
         let sentinels: Vec<_> = (0..3).map(|_| sentinel(flavour, master.port)).collect();
         let trio = Sentinels { master, replicas, sentinels };
         trio.wait_until_whole();
@@ -204,11 +211,13 @@ impl Sentinels {
             };
             crate::eventually!("each sentinel knows the others and the replicas", sees_all(&mut wire));
         }
-        for replica in &self.replicas {
-            let mut wire = replica.wire();
-            let is_linked =
-                |wire: &mut Wire| wire.say("INFO replication").text().contains("master_link_status:up").then_some(());
-            crate::eventually!("the replica is linked", is_linked(&mut wire));
+    }
+
+    /// A master that is silent for long is still the master.
+    pub fn be_patient(&self) {
+        for (port, ..) in &self.sentinels {
+            let mut wire = Wire::connect(&format!("127.0.0.1:{port}"));
+            assert_eq!(wire.say("SENTINEL SET main down-after-milliseconds 600000"), Value::Simple("OK".into()));
         }
     }
 }

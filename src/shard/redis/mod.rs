@@ -83,7 +83,7 @@ pub struct Timeouts {
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Timeouts { connect: Duration::from_secs(1), answer: Duration::from_secs(3) }
+        Timeouts { connect: Duration::from_secs(10), answer: Duration::from_secs(20) }
     }
 }
 
