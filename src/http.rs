@@ -2,9 +2,9 @@
 //!
 //! | path | answers |
 //! | --- | --- |
-//! | `GET /metrics` | every metric, as Prometheus text or OpenMetrics |
-//! | `GET /healthz` | 200 while every runtime thread is alive, else 503 |
-//! | `GET /readyz` | 200 while new clients are welcome: started, not draining, and a shard answers; else 503 and why |
+//! | `GET`, `HEAD` `/metrics` | every metric, as Prometheus text or OpenMetrics |
+//! | `GET`, `HEAD` `/healthz` | 200 while every runtime thread is alive, else 503 |
+//! | `GET`, `HEAD` `/readyz` | 200 while new clients are welcome: started, not draining, and a shard answers; else 503 and why |
 //! | `/v1/...` | jobs and queues ([`api`]), described by `GET /v1/openapi.json` |
 //! | a configured path | deliveries of other services ([`webhook`]), which become jobs |
 //!
@@ -100,10 +100,13 @@ async fn answer(request: Request<Incoming>, site: Arc<Site>, answered: Answered)
     let process = &site.process;
     let under_way = UnderWay::begin(&process.requests);
     let mut answer = match (request.method(), request.uri().path()) {
-        (&Method::GET, "/metrics") => metrics(&request, process),
-        (&Method::GET, "/healthz") => health(process),
-        (&Method::GET, "/readyz") => readiness(process),
-        (&Method::GET, "/") => text(StatusCode::OK, "goflow: /metrics /healthz /readyz /v1/openapi.json\n"),
+        // Of an answer to HEAD hyper leaves the body out.
+        (&Method::GET | &Method::HEAD, "/metrics") => metrics(&request, process),
+        (&Method::GET | &Method::HEAD, "/healthz") => health(process),
+        (&Method::GET | &Method::HEAD, "/readyz") => readiness(process),
+        (&Method::GET | &Method::HEAD, "/") => {
+            text(StatusCode::OK, "goflow: /metrics /healthz /readyz /v1/openapi.json\n")
+        }
         (_, path) if path.starts_with("/v1/") => in_time(api::answer(request, &site)).await,
         (_, path) => match site.hooks.iter().find(|hook| hook.path == path) {
             Some(hook) => in_time(webhook::answer(hook, request, process)).await,

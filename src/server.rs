@@ -201,11 +201,12 @@ pub fn serve(setup: Setup) -> io::Result<()> {
         handle.spawn(process.forwarding.clone().follow());
         handle.spawn(mover::run(process.dispatcher.clone(), holder));
     }
+    // First, so that whoever is told that it listens finds it ready.
+    process.serving.store(true, Ordering::Relaxed);
     eprintln!("goflow {} listening on {address}", env!("CARGO_PKG_VERSION"));
     if let Some(address) = http_address {
         eprintln!("goflow {} http listening on {address}", env!("CARGO_PKG_VERSION"));
     }
-    process.serving.store(true, Ordering::Relaxed);
     eprintln!("try: redis-cli -h {} -p {} GOFLOW.ENQUEUE main hello", address.ip(), address.port());
     runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let reloading = handles.get().and_then(|handles| handles.first()).cloned();

@@ -270,6 +270,30 @@ fn a_message_whose_answer_was_lost_with_its_proxy_comes_again_under_its_id() {
 }
 
 #[test]
+fn a_message_of_which_an_event_was_taken_comes_again_whole_when_the_next_was_refused() {
+    let recorder = Recorder::start();
+    recorder.answer(|_, before| if before == 1 { (429, "retry-after: 1\r\n") } else { (200, "") });
+    let shard = Server::start(Flavour::Redis7, Server::DURABLE);
+    let named = format!("s1={}", shard.url());
+    // One without a rule, so that both groups are in the first message.
+    let mut proxy = Goflow::start(&["--shard", &named]);
+    ["mail", "bill"].iter().for_each(|kind| die(&mut proxy.wire(), "q", kind, "boom").unwrap());
+    proxy.kill();
+    let (_dir, path) = config(&format!(
+        "[[sink]]\nname = 'pager'\nkind = 'pagerduty'\nurl = '{}'\nrouting_key = 'k'\n[[alert]]\nname = 'dead'\nsinks = ['pager']\nmin_interval_ms = 200\n",
+        recorder.url("")
+    ));
+    let mut proxy = start(&path, &["--shard", &named]);
+    proxy.expect_log("alert was not delivered");
+    let all = eventually!("both are told of", {
+        let all = recorder.all("/v2/enqueue");
+        (all.len() >= 4).then_some(all)
+    });
+    let said = |at: usize| (all[at].header("goflow-alert-id"), &all[at].body);
+    assert_eq!((said(2), said(3)), (said(0), said(1)));
+}
+
+#[test]
 fn a_sink_that_fails_holds_up_no_other_and_rules_pick_their_queues_and_types() {
     let recorder = Recorder::start();
     recorder.answer(|path, _| if path == "/bad" { (500, "") } else { (200, "") });

@@ -286,6 +286,16 @@ fn a_drain_waits_for_what_was_asked_over_http_and_until_its_answer_is_read() {
 }
 
 #[test]
+fn head_is_answered_as_get_is_without_the_body() {
+    let site = Site::start(&["--shard", "s1=memory:"]);
+    for path in ["/healthz", "/readyz", "/metrics", "/"] {
+        let answer = site.request(&format!("HEAD {path} HTTP/1.1"), "");
+        assert_eq!((answer.status, answer.body.as_str()), (200, ""), "{path}");
+        assert!(!answer.head.contains("content-length: 0"), "{path}: {}", answer.head);
+    }
+}
+
+#[test]
 fn readiness_says_when_no_shard_answers_and_health_stays_true() {
     let shard = Server::start(Flavour::Redis7, &[]);
     let url = format!("s1={}", shard.url());

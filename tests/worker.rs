@@ -118,6 +118,17 @@ fn a_handler_that_is_killed_or_takes_too_long_fails_its_job_and_leaves_nobody_be
     drop(worker);
 }
 
+#[test]
+fn an_id_with_a_line_break_makes_no_line_of_the_log() {
+    let goflow = Goflow::start(&["--shard", "s1=memory:"]);
+    let mut wire = goflow.wire();
+    let worker = Worker::start(goflow.address(), &[], &["cat"]);
+    let id = "id\n2026-01-01T00:00:00Z ERROR goflow: FORGED";
+    wire.call(&["GOFLOW.ENQUEUE", "main", "x", "ID", id]).text();
+    let line = worker.process.stderr.wait_for("FORGED");
+    assert!(line.contains(r#"done job="id\n2026"#), "{line}");
+}
+
 fn read_pid(file: &Path) -> Option<u32> {
     std::fs::read_to_string(file).ok()?.trim().parse().ok()
 }

@@ -114,7 +114,7 @@ impl Entry {
             first_at: group.first_at,
             last_at: group.last_at,
             job,
-            error: readable(&group.error, ERROR_CHARS_MAX),
+            error: readable_lines(&group.error, ERROR_CHARS_MAX),
             worker: readable(&group.worker, 512),
         }
     }
@@ -164,8 +164,13 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Any bytes as a text of at most so many characters, without control characters but for line ends.
+/// Any bytes as one line of at most so many characters: it stands in lines of logs, which nobody must forge.
 fn readable(bytes: &[u8], chars_max: usize) -> String {
+    readable_lines(bytes, chars_max).replace('\n', " ")
+}
+
+/// The same with its line ends. Where only a line is told, it is the first ([`Entry::line`]).
+fn readable_lines(bytes: &[u8], chars_max: usize) -> String {
     let text = String::from_utf8_lossy(bytes);
     text.chars().take(chars_max).map(|c| if c.is_control() && c != '\n' { ' ' } else { c }).collect()
 }
@@ -313,6 +318,24 @@ mod tests {
         assert!(text.len() < TEXT_BYTES_MAX + 200, "{}", text.len());
         assert!(text.starts_with("1000 jobs died in 500 groups"), "{text}");
         assert!(text.contains("more groups"));
+    }
+
+    #[test]
+    fn what_a_client_calls_things_stays_on_its_line_and_an_error_may_have_many() {
+        let group = DeathGroup {
+            key: DeathGroup::key_of(b"ki\nnd", b"boom\tx"),
+            born: 1,
+            count: 1,
+            first_at: 1,
+            last_at: 1,
+            told: Vec::new(),
+            job: JobRef::Chosen("i\r\nd".into()),
+            error: "boom\tx\nat y".into(),
+            worker: "w\u{85}\u{1b}o".into(),
+        };
+        let entry = Entry::new("s1", &Name::parse(b"q").unwrap(), &group, 1);
+        assert_eq!((entry.error.as_str(), entry.fingerprint.as_str()), ("boom x\nat y", "boom x"));
+        assert_eq!(message(vec![entry]).summary(), "q 1 job died of type ki nd: boom x (last: i  d on w  o)");
     }
 
     #[test]

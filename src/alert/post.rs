@@ -111,10 +111,13 @@ impl Target {
         let exchange = async {
             let answer = sender.send_request(self.request(headers, body)?).await.map_err(|error| told(&error))?;
             let (status, headers) = (answer.status(), answer.headers().clone());
-            // The status decides; an answer that breaks off after it has said enough.
+            // The status decides. What else there is to say of a success may never end.
+            if status.is_success() {
+                return Ok(());
+            }
             let said = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
             let said = said.map(|body| body.to_bytes()).unwrap_or_default();
-            judge(&self.shown(), status, &headers, &said)
+            Err(failure(&self.shown(), status, &headers, &said))
         };
         let (mut exchange, mut connection) = (std::pin::pin!(exchange), std::pin::pin!(connection));
         let mut connected = true;
@@ -166,21 +169,14 @@ fn client_config(authorities: Option<&[u8]>) -> Result<ClientConfig, String> {
     Ok(ClientConfig::builder().with_root_certificates(roots).with_no_client_auth())
 }
 
-/// What an answer means.
-fn judge(place: &str, status: StatusCode, headers: &HeaderMap, said: &[u8]) -> Result<(), Failure> {
-    if status.is_success() {
-        return Ok(());
-    }
+/// What an answer means that is no success.
+fn failure(place: &str, status: StatusCode, headers: &HeaderMap, said: &[u8]) -> Failure {
     let said: String = String::from_utf8_lossy(said).chars().take(WHY_CHARS_MAX).collect();
     let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
     let why = format!("{place}: status {} {said}", status.as_u16());
     // A server that failed may have done it before; any other answer is a refusal.
     let maybe_taken = status.is_server_error() && status != StatusCode::SERVICE_UNAVAILABLE;
-    Err(Failure {
-        why: why.trim_end().to_owned(),
-        maybe_taken,
-        retry_after: headers.get(RETRY_AFTER).and_then(retry_after),
-    })
+    Failure { why: why.trim_end().to_owned(), maybe_taken, retry_after: headers.get(RETRY_AFTER).and_then(retry_after) }
 }
 
 /// Seconds, or the date until which to wait.
@@ -196,25 +192,39 @@ fn retry_after(value: &HeaderValue) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     #[test]
-    fn the_status_says_whether_it_was_taken() {
+    fn the_status_of_a_failure_says_whether_it_was_taken() {
         let judged = |status: u16, after: &'static str| {
             let mut headers = HeaderMap::new();
             headers.insert(RETRY_AFTER, HeaderValue::from_static(after));
-            judge("x", StatusCode::from_u16(status).unwrap(), &headers, b"so\nsaid")
+            failure("x", StatusCode::from_u16(status).unwrap(), &headers, b"so\nsaid")
         };
-        assert_eq!(judged(204, ""), Ok(()));
-        let refused = judged(429, "7").unwrap_err();
+        let refused = judged(429, "7");
         assert_eq!((refused.maybe_taken, refused.retry_after), (false, Some(Duration::from_secs(7))));
         assert_eq!(refused.why, "x: status 429 so said");
-        assert_eq!(judged(503, "999999").unwrap_err().retry_after, Some(RETRY_MAX));
-        assert_eq!(judged(429, "soon").unwrap_err().retry_after, None);
-        let past = judged(429, "Fri, 01 Jan 2021 00:00:00 GMT").unwrap_err();
+        assert_eq!(judged(503, "999999").retry_after, Some(RETRY_MAX));
+        assert_eq!(judged(429, "soon").retry_after, None);
+        let past = judged(429, "Fri, 01 Jan 2021 00:00:00 GMT");
         assert_eq!(past.retry_after, Some(Duration::ZERO));
         for (status, maybe) in [(500, true), (502, true), (400, false), (301, false)] {
-            assert_eq!(judged(status, "").unwrap_err().maybe_taken, maybe, "{status}");
+            assert_eq!(judged(status, "").maybe_taken, maybe, "{status}");
         }
+    }
+
+    #[tokio::test]
+    async fn what_was_taken_is_taken_though_the_answers_body_never_ends() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let target = Target::parse(&format!("http://{}/", listener.local_addr().unwrap()), None).unwrap();
+        let service = tokio::spawn(async move {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            assert!(socket.read(&mut [0; 4_096]).await.unwrap() > 0);
+            socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf").await.unwrap();
+            std::future::pending::<()>().await;
+        });
+        assert_eq!(target.post(HeaderMap::new(), Bytes::new(), Duration::from_secs(4)).await, Ok(()));
+        service.abort();
     }
 
     #[test]

@@ -3,15 +3,17 @@
 //! A sink is made from the checked configuration alone; nothing that a client or a job says decides where anything is sent.
 //! Nothing here implements `Debug`: addresses and keys are secrets, and [`Sink::shown`] is what may be seen.
 
+use std::pin::pin;
 use std::process::Stdio;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::{Either, join, select};
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 use ring::hmac;
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
-use tokio::process::Command;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::{ChildStderr, ChildStdin, Command};
 
 use super::message::{Change, Entry, Message, hex};
 use super::post::{Failure, Target};
@@ -21,6 +23,9 @@ use crate::clock;
 const EVENTS_MAX: usize = 50;
 /// What is kept of a program's last words.
 const SAID_CHARS_MAX: usize = 200;
+const SAID_BYTES_MAX: usize = 4 * SAID_CHARS_MAX;
+/// For them to arrive after its end: a child that it left behind may hold the pipe for ever.
+const PIPE_WAIT: Duration = Duration::from_millis(200);
 
 pub struct Sink {
     pub name: String,
@@ -97,9 +102,13 @@ impl Sink {
                 target.post(headers, body, self.timeout).await
             }
             Kind::PagerDuty { target, routing_key } => {
+                let mut is_begun = false;
                 for event in events(message, routing_key) {
-                    // A key makes one incident of an event that is sent twice.
-                    target.post(id_header(message), to_bytes(&event), self.timeout).await?;
+                    // A key makes one incident of an event that is sent twice. Made anew, a message could leave out what was
+                    // taken of this one, whose incident nobody would resolve.
+                    let told = target.post(id_header(message), to_bytes(&event), self.timeout).await;
+                    told.map_err(|failure| Failure { maybe_taken: failure.maybe_taken || is_begun, ..failure })?;
+                    is_begun = true;
                 }
                 Ok(())
             }
@@ -120,24 +129,41 @@ impl Sink {
             command.env_remove(name);
         }
         let mut child = command.spawn().map_err(told)?;
-        let mut input = child.stdin.take();
+        let (input, errors, mut said) = (child.stdin.take(), child.stderr.take(), Vec::new());
         let work = async {
-            if let Some(input) = &mut input {
-                // A program that does not read is judged by how it ends.
-                let _ = input.write_all(&to_bytes(alert)).await;
-                let _ = input.write_all(b"\n").await;
+            let pipes = pin!(join(feed(input, alert), hear(errors, &mut said)));
+            match select(pin!(child.wait()), pipes).await {
+                Either::Left((Ok(status), _)) if status.success() => Ok(status),
+                Either::Left((ended, pipes)) => {
+                    let _ = tokio::time::timeout(PIPE_WAIT, pipes).await;
+                    ended
+                }
+                Either::Right((_, ended)) => ended.await,
             }
-            drop(input);
-            child.wait_with_output().await
         };
         let late = || Failure::unsure(format!("{program} did not end in {} ms", self.timeout.as_millis()));
-        let output = tokio::time::timeout(self.timeout, work).await.map_err(|_| late())?.map_err(told)?;
-        if output.status.success() {
+        let status = tokio::time::timeout(self.timeout, work).await.map_err(|_| late())?.map_err(told)?;
+        if status.success() {
             return Ok(());
         }
-        let said: String = String::from_utf8_lossy(&output.stderr).chars().take(SAID_CHARS_MAX).collect();
-        let why = format!("{program}: {} {}", output.status, said.split_whitespace().collect::<Vec<_>>().join(" "));
+        let said: String = String::from_utf8_lossy(&said).chars().take(SAID_CHARS_MAX).collect();
+        let why = format!("{program}: {status} {}", said.split_whitespace().collect::<Vec<_>>().join(" "));
         Err(Failure::unsure(why.trim_end()))
+    }
+}
+
+/// Writes the alert and ends the input. A program that does not read is judged by how it ends.
+async fn feed(input: Option<ChildStdin>, alert: &Value) {
+    if let Some(mut input) = input {
+        let _ = input.write_all(format!("{alert}\n").as_bytes()).await;
+    }
+}
+
+/// Reads to the end, so that a program that says much is not held up, and keeps the beginning.
+async fn hear(errors: Option<ChildStderr>, said: &mut Vec<u8>) {
+    let (Some(mut errors), mut chunk) = (errors, [0; 1_024]) else { return };
+    while let Ok(len @ 1..) = errors.read(&mut chunk).await {
+        said.extend_from_slice(&chunk[..len.min(SAID_BYTES_MAX - said.len())]);
     }
 }
 
@@ -327,6 +353,22 @@ mod tests {
             (&events[2]["payload"]["component"], &events[2]["payload"]["custom_details"]["count"]),
             (&json!("a"), &json!(3))
         );
+    }
+
+    /// What becomes of a message that is told to this shell script.
+    async fn told_to(script: &str) -> Result<(), Failure> {
+        let kind = Kind::Command { program: "/bin/sh".into(), args: vec!["-c".into(), script.into()] };
+        let sink = Sink { name: "program".into(), timeout: Duration::from_secs(4), kind };
+        sink.send(&Message::test("rule", 5), 5).await
+    }
+
+    #[tokio::test]
+    async fn a_program_is_judged_by_its_exit_whoever_it_leaves_behind_and_however_much_it_says() {
+        assert_eq!(told_to("cat > /dev/null; sleep 8 & exit 0").await, Ok(()));
+        let failed = told_to("echo 'so  it\nis' >&2; sleep 8 & exit 3").await.unwrap_err();
+        assert!(failed.why.ends_with("exit status: 3 so it is") && failed.maybe_taken, "{}", failed.why);
+        let said = told_to("head -c 10000000 /dev/zero | tr '\\0' x >&2; exit 3").await.unwrap_err().why;
+        assert!(said.ends_with("xxx") && said.len() < 2 * SAID_CHARS_MAX, "{said}");
     }
 
     #[test]

@@ -307,7 +307,7 @@ async fn one(link: &mut Link, worker: &Worker, task: Task) {
             verdict = worker.handler.handle(&task, worker) => verdict,
             // Dropping the handler's future stops the handler.
             () = keep_lease(&mut *link, worker, &task) => {
-                tracing::warn!(job = %task.id(), "the lease is lost; its handler was stopped");
+                tracing::warn!(job = ?task.id(), "the lease is lost; its handler was stopped");
                 return;
             }
         },
@@ -317,8 +317,8 @@ async fn one(link: &mut Link, worker: &Worker, task: Task) {
     }
     let ms = began.elapsed().as_millis() as u64;
     match say(link, worker, &task, &verdict).await {
-        Ok(()) => tracing::info!(job = %task.id(), attempt = task.attempt(), ms, verdict = %verdict, "done"),
-        Err(error) => tracing::warn!(job = %task.id(), %error, "the verdict was not taken"),
+        Ok(()) => tracing::info!(job = ?task.id(), attempt = task.attempt(), ms, verdict = %verdict, "done"),
+        Err(error) => tracing::warn!(job = ?task.id(), %error, "the verdict was not taken"),
     }
 }
 
@@ -334,7 +334,7 @@ async fn keep_lease(link: &mut Link, worker: &Worker, task: &Task) {
             Ok(_) => lease / 3,
             Err(error) if error.is_final() => return,
             Err(error) => {
-                tracing::warn!(job = %task.id(), %error, "cannot extend the lease; trying again");
+                tracing::warn!(job = ?task.id(), %error, "cannot extend the lease; trying again");
                 (lease / 10).min(PAUSE_MAX)
             }
         };
@@ -354,7 +354,7 @@ async fn say(link: &mut Link, worker: &Worker, task: &Task, verdict: &Verdict) -
             }
             Ok(_) => return Ok(()),
             Err(error) if error.is_final() || tokio::time::Instant::now() >= until => return Err(error),
-            Err(error) => tracing::warn!(job = %task.id(), %error, "cannot say the verdict; trying again"),
+            Err(error) => tracing::warn!(job = ?task.id(), %error, "cannot say the verdict; trying again"),
         }
         tokio::time::sleep(jittered(pause)).await;
         pause = (pause * 2).min(PAUSE_MAX);

@@ -19,7 +19,7 @@ use hyper::body::Incoming;
 use hyper::header::{ALLOW, AUTHORIZATION, CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Deserialize;
-use serde_json::value::RawValue;
+use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -155,7 +155,8 @@ async fn enqueue(queue: &str, request: Request<Incoming>, process: &Arc<Process>
     if !is_json {
         let mut words = opening(queue, body);
         for (name, value) in query {
-            put_field(&mut words, &name, &Value::from(value))?;
+            let value = to_raw_value(&value).map_err(|error| Error::bad(format!("invalid {name}: {error}")))?;
+            put_field(&mut words, &name, &value)?;
         }
         return Ok(placed(finish(start(&words, process), process).await));
     }
@@ -218,7 +219,7 @@ fn job_words(queue: &str, job: &RawValue) -> Result<Vec<Bytes>> {
     };
     let mut words = opening(queue, payload);
     for (name, value) in fields.iter().filter(|(name, _)| !name.starts_with("payload")) {
-        put_field(&mut words, name, &read(name, value)?)?;
+        put_field(&mut words, name, value)?;
     }
     if let Some(unknown) = fields.keys().find(|name| name.starts_with("payload") && !SHAPED.contains(&name.as_str())) {
         return Err(Error::bad(format!("unknown field '{unknown}'")));
@@ -231,30 +232,30 @@ fn read<'a, T: Deserialize<'a>>(name: &str, value: &'a RawValue) -> Result<T> {
 }
 
 /// Appends the option that a field stands for.
-fn put_field(words: &mut Vec<Bytes>, name: &str, value: &Value) -> Result<()> {
-    let text = |value: &Value| match value {
-        Value::String(text) => Ok(Bytes::copy_from_slice(text.as_bytes())),
-        Value::Number(number) => Ok(number.to_string().into()),
-        _ => Err(Error::bad(format!("invalid {name}: expected a string or a number"))),
+fn put_field(words: &mut Vec<Bytes>, name: &str, value: &RawValue) -> Result<()> {
+    let text = |value: &RawValue| {
+        json::word(value).ok_or_else(|| Error::bad(format!("invalid {name}: expected a string or a number")))
+    };
+    let object = || -> Result<BTreeMap<String, &RawValue>> {
+        serde_json::from_str(value.get()).map_err(|_| Error::bad(format!("invalid {name}: expected an object")))
     };
     let option = |word: &'static str| Bytes::from_static(word.as_bytes());
-    match (name, value) {
-        ("nx", Value::Bool(true)) => words.push(option("NX")),
-        ("nx", Value::String(flag)) if flag == "true" => words.push(option("NX")),
-        ("nx", Value::Bool(false)) => {}
+    match (name, value.get()) {
+        ("nx", "true" | "\"true\"") => words.push(option("NX")),
+        ("nx", "false") => {}
         ("nx", _) => return Err(Error::bad("invalid nx: expected true or false")),
-        ("unique", Value::Object(unique)) => {
+        ("unique", _) => {
+            let unique = object()?;
             let (Some(key), Some(ms), 2) = (unique.get("key"), unique.get("ms"), unique.len()) else {
                 return Err(Error::bad("invalid unique: expected an object of key and ms"));
             };
             words.extend([option("UNIQUE"), text(key)?, text(ms)?]);
         }
-        ("meta", Value::Object(meta)) => {
-            for (field, value) in meta {
-                words.extend([option("META"), Bytes::copy_from_slice(field.as_bytes()), text(value)?]);
+        ("meta", _) => {
+            for (field, value) in object()? {
+                words.extend([option("META"), field.into(), text(value)?]);
             }
         }
-        ("unique" | "meta", _) => return Err(Error::bad(format!("invalid {name}: expected an object"))),
         _ => match FIELDS.iter().find(|(field, _)| *field == name) {
             Some((_, word)) => words.extend([option(word), text(value)?]),
             None => return Err(Error::bad(format!("unknown field '{name}'"))),
@@ -361,6 +362,21 @@ mod tests {
         let words = words(job).unwrap();
         assert_eq!(words[..3], ["GOFLOW.ENQUEUE", "main", "p"]);
         for expected in [&["ID", "a"][..], &["PRIORITY", "-5"], &["META", "k", "v"], &["NX"], &["UNIQUE", "u", "9"]] {
+            assert!(words.windows(expected.len()).any(|part| part == expected), "{expected:?} in {words:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_taken_to_the_letter() {
+        let job = r#"{"payload": "", "id": 123456789012345678901, "type": 1.10, "meta": {"a": 1e400, "b": "\u0031"},
+            "unique": {"key": 123456789012345678902, "ms": 9}}"#;
+        let words = words(job).unwrap();
+        for expected in [
+            &["ID", "123456789012345678901"][..],
+            &["TYPE", "1.10"],
+            &["META", "a", "1e400", "META", "b", "1"],
+            &["UNIQUE", "123456789012345678902", "9"],
+        ] {
             assert!(words.windows(expected.len()).any(|part| part == expected), "{expected:?} in {words:?}");
         }
     }

@@ -1,5 +1,7 @@
-//! Replies as JSON: bytes that are text become a string, others an object with their base64.
+//! Replies as JSON: bytes that are text become a string, others an object with their base64. And what of JSON becomes words.
 
+use bytes::Bytes;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::resp::reply::Reply;
@@ -28,6 +30,16 @@ pub fn value(reply: &Reply) -> Value {
         }
         Reply::Error(error) => Value::from(error.to_string()),
         Reply::RawError(text) => Value::from(String::from_utf8_lossy(text).into_owned()),
+    }
+}
+
+/// The text of a string, or a number to the letter: read as a double, two ids could become one. `None` for anything else.
+pub fn word(value: &RawValue) -> Option<Bytes> {
+    let text = value.get();
+    match text.as_bytes().first()? {
+        b'"' => serde_json::from_str::<String>(text).ok().map(Bytes::from),
+        b'-' | b'0'..=b'9' => Some(Bytes::copy_from_slice(text.as_bytes())),
+        _ => None,
     }
 }
 

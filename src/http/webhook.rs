@@ -14,7 +14,9 @@ use hyper::body::Incoming;
 use hyper::header::{ALLOW, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Method, Request, StatusCode};
 use ring::hmac;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::api::{failed, finish, refused, start, written};
@@ -230,21 +232,24 @@ impl Hook {
         self.verify(headers, claim, &body, now)?;
         // From here on the delivery is the service's.
         let needs_json = [&self.id, &self.kind].into_iter().flatten().any(|place| matches!(place, Place::Field(_)));
-        let document = match needs_json {
+        let fields: BTreeMap<String, &RawValue> = match needs_json {
             true => serde_json::from_slice(&body).map_err(|error| {
-                Refusal::malformed(StatusCode::BAD_REQUEST, Code::Err, format!("the body is no JSON: {error}"))
+                // Without the error's own words, which may repeat what stands there.
+                let why = format!("the body is no JSON object: line {} column {}", error.line(), error.column());
+                Refusal::malformed(StatusCode::BAD_REQUEST, Code::Err, why)
             })?,
-            false => Value::Null,
+            false => BTreeMap::new(),
         };
-        let mut words = vec![Bytes::from_static(b"GOFLOW.ENQUEUE"), self.queue.as_str().to_owned().into(), body];
+        let mut words =
+            vec![Bytes::from_static(b"GOFLOW.ENQUEUE"), self.queue.as_str().to_owned().into(), body.clone()];
         if let Some(place) = &self.id {
-            let id = place.find(headers, &document).ok_or_else(|| {
+            let id = place.find(headers, &fields).ok_or_else(|| {
                 let why = format!("the delivery has no id: expected {place}");
                 Refusal::malformed(StatusCode::BAD_REQUEST, Code::Err, why)
             })?;
             words.extend([Bytes::from_static(b"ID"), id]);
         }
-        if let Some(kind) = self.kind.as_ref().and_then(|place| place.find(headers, &document)) {
+        if let Some(kind) = self.kind.as_ref().and_then(|place| place.find(headers, &fields)) {
             words.extend([Bytes::from_static(b"TYPE"), kind]);
         }
         for name in &self.headers {
@@ -308,14 +313,10 @@ impl Hook {
 }
 
 impl Place {
-    fn find(&self, headers: &HeaderMap, document: &Value) -> Option<Bytes> {
+    fn find(&self, headers: &HeaderMap, fields: &BTreeMap<String, &RawValue>) -> Option<Bytes> {
         let found = match self {
             Place::Header(name) => Bytes::copy_from_slice(headers.get(name)?.as_bytes()),
-            Place::Field(name) => match document.get(name)? {
-                Value::String(text) => text.clone().into(),
-                Value::Number(number) => number.to_string().into(),
-                _ => return None,
-            },
+            Place::Field(name) => json::word(fields.get(name)?)?,
         };
         (!found.is_empty()).then_some(found)
     }
@@ -446,6 +447,31 @@ mod tests {
         let signature = json::encode(hex.as_ref());
         let taken = take(&hook, &[("x-signature", &signature), ("x-at", "1700000000")], body);
         assert_eq!(taken, Err(Fate::Malformed), "without its id a delivery could be added twice");
+    }
+
+    #[test]
+    fn a_number_is_taken_to_the_letter_and_none_is_too_great_for_the_rest_of_a_body() {
+        let mut hook = hook(github(), &["s"]);
+        hook.id = Some(Place::Field("id".into()));
+        let words = |body: &'static str| {
+            let signature = format!("sha256={}", hex("s", body));
+            take(&hook, &[("x-hub-signature-256", &signature)], body)
+        };
+        for (body, id) in [
+            (r#"{"id":123456789012345678901}"#, "123456789012345678901"),
+            (r#"{"id":123456789012345678902}"#, "123456789012345678902"),
+            (r#"{ "id" : 1.10 , "more": [1e400]}"#, "1.10"),
+            (r#"{"id":"\u00e4"}"#, "\u{e4}"),
+        ] {
+            assert_eq!(words(body).unwrap()[3..], ["ID", id]);
+        }
+        for body in [r#"{"id":[7]}"#, r#"{"id":null}"#, r#"{"id":""}"#, r#"{"id":"\ud800"}"#, r#"["id"]"#, "7", "{"] {
+            assert_eq!(words(body), Err(Fate::Malformed), "{body}");
+        }
+        let body = "\"canary\"";
+        let claim = Claim { signatures: vec![decode_hex(&hex("s", body)).unwrap()], timestamp: None };
+        let refused = hook.words(&HeaderMap::new(), &claim, body.into(), NOW).unwrap_err();
+        assert_eq!(refused.why, "the body is no JSON object: line 1 column 8", "it repeats nothing of the body");
     }
 
     #[test]

@@ -39,6 +39,7 @@ impl Task {
         self.fields.get(name).map_or(&[], Vec::as_slice)
     }
 
+    /// Chosen by a client: a log shows it quoted, so that a line break in it makes no line of its own.
     pub fn id(&self) -> String {
         String::from_utf8_lossy(self.field("id")).into_owned()
     }
