@@ -270,6 +270,30 @@ fn a_proxy_that_is_killed_in_the_middle_of_moves_loses_and_doubles_nothing() {
     assert_eq!((there.len(), distinct.len()), (ELEMENTS, ELEMENTS));
 }
 
+#[test]
+fn what_moves_after_its_shard_lost_its_last_writes_is_not_taken_for_what_moved_before() {
+    // It keeps nothing, so that it gives the numbers of its jobs again.
+    let mut server = Server::start(Flavour::Redis7, &[]);
+    let (_dir, path) = settings(LISTS);
+    let url = format!("s1={}", server.url());
+    let mut goflow = Goflow::start(&["--config", &path, "--shard", &url, "--shard", "s2=memory:"]);
+    goflow.expect_log("shard");
+    let mut wire = goflow.wire();
+    for round in 0..2 {
+        let elements: Vec<String> = (0..10).map(|number| format!("{round}-{number}")).collect();
+        for element in &elements {
+            let enqueue = ["GOFLOW.ENQUEUE", "jobs:a", element, "SHARD", "s1"];
+            eventually!("it is stored", matches!(wire.call(&enqueue), Value::Bulk(_)).then_some(()));
+        }
+        elements.iter().for_each(|element| assert_eq!(wire.say("BRPOPLPUSH jobs:a jobs:b 60").text(), *element));
+        let mut there = drain(&mut wire, "jobs:b");
+        there.sort();
+        assert_eq!(there, elements);
+        server.kill();
+        server.restart();
+    }
+}
+
 /// Pops in a connection that then says `then` and is dropped.
 fn pop_and_drop(goflow: &Goflow, list: &str, then: &[&str]) {
     let mut worker = goflow.wire();

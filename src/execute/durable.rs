@@ -18,14 +18,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::{Answer, Asker, Done, execute, graver, lane_gone};
+use super::{Answer, Asker, Done, Nothing, execute, graver, lane_gone};
 use crate::clock::Millis;
 use crate::command::ordinary::Row;
 use crate::command::{Dequeue, Enqueue, Limits, Plan, job};
 use crate::dispatch::Dispatcher;
 use crate::dispatch::lane::{Hold, Leased};
 use crate::error::{Code, Error, Happened, Result};
-use crate::job::{JobState, Name, Policy};
+use crate::job::{Delivery, JobState, Name, Policy};
 use crate::resp::glob;
 use crate::resp::reply::Reply;
 use crate::shard::{Action, Op, Start};
@@ -381,9 +381,10 @@ fn pop(
     };
     let (acked, lease_ms) = (rule.acked, rule.lease_ms);
     let mut answer = lease(rule, queues, count.unwrap_or(1), block_ms, dispatcher, asker);
-    let waits = matches!(answer, Answer::Waiting(_));
+    let waits = matches!(answer, Answer::Waiting(..));
     let later = Box::pin(async move { shape.done(answer.done().await, acked, lease_ms) });
-    Ok(if waits { Answer::Waiting(later) } else { Answer::Later(later) })
+    let nothing = Nothing::Reply(Reply::NullArray);
+    Ok(if waits { Answer::Waiting(later, nothing) } else { Answer::Later(later) })
 }
 
 /// Leases elements of the first list that has any.
@@ -424,7 +425,7 @@ fn shift(
     }
     let block_ms = if name.starts_with('B') { Some(seconds(words, words.len() - 1)?) } else { None };
     let mut answer = lease(rule, vec![from], 1, block_ms, dispatcher, asker);
-    let waits = matches!(answer, Answer::Waiting(_));
+    let waits = matches!(answer, Answer::Waiting(..));
     let dispatcher = dispatcher.clone();
     let later = Box::pin(async move {
         match answer.done().await {
@@ -439,14 +440,17 @@ fn shift(
             other => other,
         }
     });
-    Ok(if waits { Answer::Waiting(later) } else { Answer::Later(later) })
+    let nothing = Nothing::Reply(Reply::NullArray);
+    Ok(if waits { Answer::Waiting(later, nothing) } else { Answer::Later(later) })
 }
 
 async fn transfer(leased: Leased, to: Name, policy: Arc<Policy>, dispatcher: Arc<Dispatcher>, asker: Asker) -> Reply {
     let Leased { queue, shard, mut deliveries, hold } = leased;
     let Some(delivery) = deliveries.pop() else { return Reply::Null };
-    let element = delivery.spec.payload;
-    let id = Bytes::from(format!("moved:{}:{}~{shard}", queue.as_str(), delivery.lease.seq));
+    // With the time at which it came: a shard that lost its last writes gives a number again.
+    let Delivery { lease, enqueued_at, spec, .. } = delivery;
+    let element = spec.payload;
+    let id = Bytes::from(format!("moved:{}:{}.{enqueued_at}~{shard}", queue.as_str(), lease.seq));
     let enqueue = Enqueue {
         queue: to,
         policy: Arc::new(Policy { id: Some(id), ..(*policy).clone() }),
@@ -463,7 +467,7 @@ async fn transfer(leased: Leased, to: Name, policy: Arc<Policy>, dispatcher: Arc
         _ => return lane_gone().into(),
     }
     hold.settle();
-    let ack = Plan::Ack { queue, leases: vec![((*shard).into(), delivery.lease)], result: Bytes::new() };
+    let ack = Plan::Ack { queue, leases: vec![((*shard).into(), lease)], result: Bytes::new() };
     match execute(ack, &dispatcher, asker).done().await {
         Done::Reply(Reply::Integer(_)) => Reply::Bulk(element),
         Done::Reply(error) => error,
