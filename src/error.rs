@@ -72,7 +72,12 @@ impl Code {
             "A bound was met and nothing was done; the text names the bound.",
             "Retry with backoff.",
         ),
-        (Code::TooBig, "TOOBIG", "A value is longer than its limit; the text names both.", "Send less."),
+        (
+            Code::TooBig,
+            "TOOBIG",
+            "A value or a reply is longer than its limit; the text names both.",
+            "Send less, or ask for less.",
+        ),
         (Code::NoPerm, "NOPERM", "The command is not permitted here.", "Ask the operator."),
         (Code::NoAuth, "NOAUTH", "The connection has not authenticated.", "Send AUTH or HELLO with AUTH."),
         (Code::WrongPass, "WRONGPASS", "The password or user is wrong.", "Check the credentials."),

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use durable::Popped;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
 use crate::clock::Millis;
 use crate::command::{Acquire, Dequeue, Enqueue, JobAddress, Merge, Plan, Render, Route, job, lock};
@@ -76,6 +76,9 @@ impl Keep {
     }
 }
 
+/// More than a delivery has beside its payload and the texts of its policy.
+const DELIVERY_BYTES: usize = 1_024;
+
 /// A finished answer.
 #[derive(Debug)]
 pub enum Done {
@@ -93,6 +96,22 @@ pub enum Done {
 }
 
 impl Done {
+    /// Of several jobs no more than fit into a reply of so many bytes, but one at least; the others go back.
+    pub fn within(mut self, bytes_max: usize) -> Done {
+        if let Done::Deliveries(groups) = &mut self {
+            let (mut bytes, mut is_first) = (0, true);
+            for leased in groups {
+                let fits = leased.deliveries.iter().take_while(|delivery| {
+                    bytes += delivery.spec.payload.len() + delivery.spec.policy.bytes() + DELIVERY_BYTES;
+                    std::mem::take(&mut is_first) || bytes <= bytes_max
+                });
+                let count = fits.count();
+                leased.keep(count);
+            }
+        }
+        self
+    }
+
     /// Appends the reply; what is returned must be settled once the client has it, or dropped to undo it.
     pub fn write(self, protocol: Protocol, out: &mut BytesMut) -> Vec<Keep> {
         match self {
@@ -164,7 +183,14 @@ pub enum Answer {
     /// Several steps; requests behind it wait.
     Later(Later),
     /// The same, and it waits for something that may never come: it ends when the client goes away or is unblocked.
-    Waiting(Later),
+    Waiting(Later, Nothing),
+}
+
+/// How an answer that waits says that nothing came, when it is unblocked before its time.
+pub enum Nothing {
+    Reply(Reply),
+    /// It is told, and says so itself.
+    Told(Arc<Notify>),
 }
 
 /// How an outcome becomes a reply.
@@ -262,7 +288,19 @@ impl Answer {
 
     /// Whether requests behind this one must wait until it is resolved.
     pub fn holds_back(&self) -> bool {
-        matches!(self, Answer::Later(_) | Answer::Waiting(_))
+        matches!(self, Answer::Later(_) | Answer::Waiting(..))
+    }
+
+    /// Ends the wait of one that waits, as if its time were up.
+    pub fn end_wait(&mut self) {
+        *self = match std::mem::replace(self, Answer::reply(Reply::Nothing)) {
+            Answer::Waiting(_, Nothing::Reply(nothing)) => Answer::reply(nothing),
+            Answer::Waiting(later, Nothing::Told(over)) => {
+                over.notify_one();
+                Answer::Later(later)
+            }
+            other => other,
+        };
     }
 
     pub fn poll(&mut self, context: &mut TaskContext<'_>) -> Poll<Done> {
@@ -292,7 +330,7 @@ impl Answer {
                 let reply = ready!(Pin::new(forwarded).poll(context));
                 Poll::Ready(reply.map(Reply::Raw).into())
             }
-            Answer::Later(later) | Answer::Waiting(later) => later.as_mut().poll(context),
+            Answer::Later(later) | Answer::Waiting(later, _) => later.as_mut().poll(context),
         }
     }
 }
@@ -303,12 +341,15 @@ impl From<Started> for Answer {
             Started::Reply(reply) => Answer::reply(reply),
             Started::Forward(forwarded) => Answer::Forward(forwarded),
             Started::Later(later) => Answer::Later(Box::pin(async move { Done::Reply(later.await) })),
-            Started::Waiting(waiting) => Answer::Waiting(Box::pin(async move {
-                match waiting.await {
-                    (reply, Some(back)) => Done::Taken(reply, back),
-                    (reply, None) => Done::Reply(reply),
-                }
-            })),
+            Started::Waiting(waiting) => {
+                let later = Box::pin(async move {
+                    match waiting.await {
+                        (reply, Some(back)) => Done::Taken(reply, back),
+                        (reply, None) => Done::Reply(reply),
+                    }
+                });
+                Answer::Waiting(later, Nothing::Reply(Reply::NullArray))
+            }
         }
     }
 }
@@ -337,8 +378,9 @@ pub fn execute(plan: Plan, dispatcher: &Arc<Dispatcher>, asker: Asker) -> Answer
         Plan::Each { op, merge } => Ok(start_each(op, merge, dispatcher.map(), asker)),
         Plan::Read(read) => {
             let waits = read.block_ms.is_some();
-            let later: Later = Box::pin(events::read(read, dispatcher.clone(), asker));
-            Ok(if waits { Answer::Waiting(later) } else { Answer::Later(later) })
+            let over = Arc::new(Notify::new());
+            let later: Later = Box::pin(events::read(read, dispatcher.clone(), asker, over.clone()));
+            Ok(if waits { Answer::Waiting(later, Nothing::Told(over)) } else { Answer::Later(later) })
         }
         Plan::Drain { op } => Ok(Answer::Later(Box::pin(drain(op, dispatcher.map(), asker)))),
         Plan::Connection(_) | Plan::Ask(_) => Err(Error::bad("this command is not for here")),
@@ -476,7 +518,8 @@ fn start_dequeue(dequeue: Dequeue, dispatcher: &Arc<Dispatcher>, asker: Asker) -
     lanes.sort_by_key(|lane| lane.is_down());
     let waits = dequeue.block_ms.is_some();
     let later: Later = Box::pin(take(dequeue, lanes, dispatcher.clone(), asker));
-    Ok(if waits { Answer::Waiting(later) } else { Answer::Later(later) })
+    let nothing = Nothing::Reply(if many { Reply::NullArray } else { Reply::Null });
+    Ok(if waits { Answer::Waiting(later, nothing) } else { Answer::Later(later) })
 }
 
 fn lease_op(queue: &Name, dequeue: &Dequeue, count: usize) -> Op {
@@ -642,7 +685,8 @@ fn start_acquire(acquire: Acquire, dispatcher: &Arc<Dispatcher>, asker: Asker) -
             }
         }
     });
-    if wait_ms > 0 { Answer::Waiting(later) } else { Answer::Later(later) }
+    let nothing = Nothing::Reply(if kind == Keyed::Lock { Reply::NullArray } else { Reply::Null });
+    if wait_ms > 0 { Answer::Waiting(later, nothing) } else { Answer::Later(later) }
 }
 
 fn start_show(kind: Keyed, name: Name, show: lock::Show, dispatcher: &Dispatcher, asker: Asker) -> Answer {

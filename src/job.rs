@@ -253,6 +253,17 @@ impl Default for Policy {
     }
 }
 
+impl Policy {
+    /// Bytes of its texts, and what each adds to a record.
+    pub fn bytes(&self) -> usize {
+        let keyed = self.id.as_ref().map_or(0, Bytes::len)
+            + self.unique.as_ref().map_or(0, |(key, _)| key.len())
+            + self.group.as_ref().map_or(0, |(key, _)| key.len());
+        let meta: usize = self.meta.iter().map(|(field, value)| field.len() + value.len() + 4).sum();
+        self.kind.len() + keyed + meta
+    }
+}
+
 /// The part of a job that never changes: its policy and its payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spec {
@@ -286,12 +297,7 @@ impl Spec {
     }
 
     pub fn encoded_len_bound(&self) -> usize {
-        let policy = &*self.policy;
-        let keyed = policy.id.as_ref().map_or(0, Bytes::len)
-            + policy.unique.as_ref().map_or(0, |(key, _)| key.len())
-            + policy.group.as_ref().map_or(0, |(key, _)| key.len());
-        let meta: usize = policy.meta.iter().map(|(field, value)| field.len() + value.len() + 4).sum();
-        self.payload.len() + policy.kind.len() + keyed + meta + 96
+        self.payload.len() + self.policy.bytes() + 96
     }
 
     pub fn encode_into(&self, out: &mut BytesMut) {

@@ -227,7 +227,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             self.now = Instant::now();
             self.unacked.poll(context);
             // Looked at before its answer is, so that a client that is gone is not given what it waited for.
-            if matches!(self.pending.front(), Some(Pending { answer: Answer::Waiting(_), .. })) {
+            if matches!(self.pending.front(), Some(Pending { answer: Answer::Waiting(..), .. })) {
                 if let Poll::Ready(Err(error)) = self.read(context) {
                     return Poll::Ready(Err(error));
                 }
@@ -254,7 +254,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             if is_last && self.pending.is_empty() && self.output.is_empty() {
                 return Poll::Ready(Ok(()));
             }
-            if self.input_ended && matches!(self.pending.front(), Some(Pending { answer: Answer::Waiting(_), .. })) {
+            if self.input_ended && matches!(self.pending.front(), Some(Pending { answer: Answer::Waiting(..), .. })) {
                 return Poll::Ready(Ok(()));
             }
             match self.read(context) {
@@ -292,13 +292,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         while (self.output.len() < OUTPUT_PAUSE || self.peer.blocked.load(Ordering::Relaxed))
             && let Some(pending) = self.pending.front_mut()
         {
-            let waits = matches!(pending.answer, Answer::Waiting(_));
+            let waits = matches!(pending.answer, Answer::Waiting(..));
             let unblock = nobody_waits.then_some(Unblock::Timeout).or_else(|| self.peer.take_unblock());
             if waits && let Some(how) = unblock {
-                pending.answer = Answer::reply(match how {
-                    Unblock::Timeout => Reply::NullArray,
-                    Unblock::Error => Reply::RawError("UNBLOCKED client unblocked via CLIENT UNBLOCK".into()),
-                });
+                match how {
+                    Unblock::Timeout => pending.answer.end_wait(),
+                    Unblock::Error => {
+                        let text = "UNBLOCKED client unblocked via CLIENT UNBLOCK".into();
+                        pending.answer = Answer::reply(Reply::RawError(text));
+                    }
+                }
             }
             let Poll::Ready(done) = pending.answer.poll(context) else {
                 self.peer.blocked.store(waits, Ordering::Relaxed);
@@ -353,7 +356,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         }
         let before = self.output.len();
         let bytes_max = self.process.forwarding.reply_bytes_max;
-        let mut holds = done.write(protocol, &mut self.output);
+        let mut holds = done.within(bytes_max).write(protocol, &mut self.output);
         if self.output.len() - before > bytes_max {
             // What was taken for it goes back.
             self.output.truncate(before);

@@ -1,8 +1,9 @@
 //! At a bound the client is told which one it met, and whatever does not need more goes on.
 
+use crate::eventually;
 use crate::support::goflow::Goflow;
 use crate::support::servers::{Flavour, Server};
-use crate::support::wire::Value;
+use crate::support::wire::{Value, Wire};
 
 #[test]
 fn a_shard_that_is_out_of_memory_takes_no_jobs_and_is_drained_all_the_same() {
@@ -78,14 +79,47 @@ fn a_reply_may_be_as_large_as_the_bound_and_not_a_byte_larger() {
         assert!(wire.say("EXEC").is_error("TOOBIG"));
         assert_eq!(goflow.wire().say("STRLEN v0").integer(), fits as i64);
     }
-    // The same where the answer is the process's own.
+    // Of jobs so many are delivered as fit; the others are back at their places.
     for _ in 0..3 {
         wire.call(&["GOFLOW.ENQUEUE", "main", &"x".repeat(40_000)]);
     }
-    let refused = wire.say("GOFLOW.DEQUEUE main COUNT 3");
-    assert!(refused.is_error("TOOBIG"), "{refused:?}");
-    // What was taken for it is back at its place.
-    assert_eq!(wire.say("GOFLOW.DEQUEUE main COUNT 2 BLOCK 0").items().len(), 2);
+    assert_eq!(wire.say("GOFLOW.DEQUEUE main COUNT 3").items().len(), 2);
+    let job = wire.say("GOFLOW.DEQUEUE main BLOCK 0");
+    assert_eq!(job.field("attempt"), &Value::Integer(1));
+    // One that is larger alone is refused, and goes back.
+    wire.call(&["GOFLOW.ENQUEUE", "alone", &"x".repeat(MAX)]);
+    let refused = wire.say("GOFLOW.DEQUEUE alone COUNT 3");
+    assert!(refused.is_error("TOOBIG"), "{}", refused.text());
+    eventually!("it is back", (wire.say("GOFLOW.LEN alone") == Value::Integer(1)).then_some(()));
+}
+
+#[test]
+fn large_jobs_hold_nobody_up_and_reach_a_worker_that_asks_for_many() {
+    const JOBS: usize = 12;
+    const BYTES: usize = 15 << 20;
+    let server = Server::start(Flavour::Redis7, &[]);
+    for shard in [format!("s1={}", server.url()), "s1=embedded:data".into()] {
+        let goflow = Goflow::start(&["--shard", &shard]);
+        let mut wire = goflow.wire();
+        let payload = "x".repeat(BYTES);
+        (0..JOBS).for_each(|_| drop(wire.call(&["GOFLOW.ENQUEUE", "main", &payload]).text()));
+        let refused = wire.say("GOFLOW.PEEK main COUNT 12");
+        assert!(refused.is_error("TOOBIG") && refused.text().contains("ask for fewer with COUNT"), "{refused:?}");
+        assert_eq!(wire.say("GOFLOW.PEEK main COUNT 2").items().len(), 2);
+        // One worker that asks for all of them, and several that ask for one each at the same time.
+        let mut others: Vec<Wire> = (0..4).map(|_| goflow.wire()).collect();
+        others.iter_mut().for_each(|other| other.send(&["GOFLOW.DEQUEUE", "main", "BLOCK", "0"]));
+        let mut taken = 0;
+        while taken < JOBS - others.len() {
+            let reply = wire.say("GOFLOW.DEQUEUE main COUNT 100 BLOCK 0");
+            reply.items().iter().for_each(|job| assert_eq!(job.field("payload").text().len(), BYTES));
+            taken += reply.items().len();
+        }
+        others.iter_mut().for_each(|other| assert_eq!(other.read().field("attempt"), &Value::Integer(1)));
+        let stats = wire.say("GOFLOW.STATS main");
+        assert_eq!((stats.field("leased").integer(), stats.field("lapsed").integer()), (JOBS as i64, 0));
+        assert_eq!(wire.say("GOFLOW.LEN main"), Value::Integer(0));
+    }
 }
 
 #[test]

@@ -315,6 +315,52 @@ fn a_reader_that_waits_hears_of_the_next_event_through_another_proxy() {
     assert!(events.iter().all(|event| event.what == "job.queued" && ids.contains(&event.id)), "{events:?}");
 }
 
+#[test]
+fn a_reader_that_waits_has_its_cursor_when_it_is_unblocked_or_its_proxy_drains() {
+    let mut fleet = Fleet::start_plain(1, 2, &[]);
+    let mut reader = fleet.proxies[1].wire();
+    let id = reader.say("CLIENT ID").integer().to_string();
+    let wait = |fleet: &Fleet, reader: &mut Wire| {
+        reader.send(&["GOFLOW.EVENTS", "READ", "main", "$", "BLOCK", "600000"]);
+        let is_blocked = || fleet.proxies[1].wire().say("INFO clients").text().contains("blocked_clients:1");
+        eventually!("the reader waits", is_blocked().then_some(()));
+    };
+    let read_cursor = |reader: &mut Wire| {
+        let reply = reader.read();
+        assert!(reply.items()[1].items().is_empty(), "{reply:?}");
+        reply.items()[0].text()
+    };
+    wait(&fleet, &mut reader);
+    assert_eq!(fleet.proxies[1].wire().call(&["CLIENT", "UNBLOCK", &id]), Value::Integer(1));
+    assert!(!read_cursor(&mut reader).contains('$'));
+    wait(&fleet, &mut reader);
+    assert!(fleet.proxies[1].terminate().success());
+    let cursor = read_cursor(&mut reader);
+    // What comes after is read elsewhere.
+    let mut wire = fleet.proxies[0].wire();
+    wire.say("GOFLOW.ENQUEUE main work");
+    assert_eq!(read_on(&mut wire, "main", &mut cursor.clone()).len(), 1);
+}
+
+#[test]
+fn a_shard_that_did_not_answer_a_reader_who_began_with_now_leaves_a_gap() {
+    let mut fleet = Fleet::start_with(2, 1, &[], &[("GOFLOW_TIMEOUTS_ANSWER_MS", "1000")]);
+    fleet.expect_failures();
+    let mut wire = fleet.proxies[0].wire();
+    for shard in ["s0", "s1"] {
+        wire.call(&["GOFLOW.ENQUEUE", "main", "before", "SHARD", shard]);
+    }
+    fleet.shards[1].stop();
+    let cursor = wire.say("GOFLOW.EVENTS READ main $").items()[0].text();
+    assert!(cursor.contains("s1=$"), "{cursor}");
+    fleet.shards[1].cont();
+    eventually!("it is back", {
+        matches!(wire.say("GOFLOW.ENQUEUE main missed SHARD s1"), Value::Bulk(_)).then_some(())
+    });
+    let events = read_on(&mut wire, "main", &mut cursor.clone());
+    assert_eq!((events[0].what.as_str(), events[0].missing), ("gap", None));
+}
+
 /// A stock client that writes down each message of some channels.
 fn listener(address: &str, python: bool, dir: &Path, words: &[&str]) -> Process {
     let (program, script) = match python {

@@ -59,8 +59,8 @@ pub static ROWS: &[Spec] = &[
                 jobs that are `ready`, `scheduled`, `leased`, `dead` and kept as `completed_kept`, `cancelled_kept`, \
                 `expired_kept`; since the queue was first seen, the jobs `enqueued`, `delivered`, `completed`, \
                 `failed`, `lapsed`, `released`, `died`, `redriven`, `cancelled`, `expired`; and `oldest_ready_ms`, how long \
-                the job that is next in line has waited, or null. Without a queue the sums over all queues, with `queue` \
-                null.",
+                the job has been ready that is so for longest, or null (of each of the 16 highest priorities the next is \
+                looked at). Without a queue the sums over all queues, with `queue` null.",
         errors: &[Code::ShardDown, Code::Overloaded],
         examples: "\
 > GOFLOW.ENQUEUE stats-example hello

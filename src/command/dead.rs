@@ -3,7 +3,7 @@
 //! Everything here is the same job seen in the state `dead`, so the ops are those of `job` and a few that name dead jobs.
 
 use super::args::{Arg, Args, Kind};
-use super::job::{COUNT, OFFSET, address, job_map, on_job, page, sum, unexpected};
+use super::job::{COUNT, OFFSET, PAGE_ERRORS, address, job_map, on_job, page, sum, unexpected};
 use super::{Context, Flag, Group, Plan, Spec};
 use crate::error::{Code, Error, Result};
 use crate::job::{JobState, JobView, Name};
@@ -43,7 +43,9 @@ pub static ROWS: &[Spec] = &[
         args: &[QUEUE, OFFSET, COUNT],
         flags: &[Flag::ReadOnly],
         reply: "An array of job maps as `GOFLOW.JOB` has them, with `error`, `trace`, `worker` and, last, `failed_at`.",
-        notes: "The default count is 100; `OFFSET` and `COUNT` together reach 1000 jobs.",
+        notes: "The default count is 100; `OFFSET` and `COUNT` together reach 1000 jobs. Jobs of more than 64 MiB together \
+                answer `TOOBIG`; ask for fewer.",
+        errors: PAGE_ERRORS,
         examples: "\
 > GOFLOW.ENQUEUE main hello
 \"<id>\"

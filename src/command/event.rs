@@ -135,6 +135,11 @@ impl Cursor {
         self.places.iter().find(|(name, _)| **name == *shard).map_or(self.rest, |(_, place)| *place)
     }
 
+    /// Whether the shard is named with a place of its own.
+    pub fn names(&self, shard: &str) -> bool {
+        self.places.iter().any(|(name, _)| **name == *shard)
+    }
+
     pub fn set(&mut self, shard: &str, place: Place) {
         match self.places.iter_mut().find(|(name, _)| **name == *shard) {
             Some((_, known)) => *known = place,
@@ -145,7 +150,7 @@ impl Cursor {
     /// As a client keeps it; `shards` are all that there are.
     pub fn text<'a>(&self, shards: impl Iterator<Item = &'a str>) -> String {
         let mut text = String::new();
-        let unnamed = shards.filter(|shard| self.places.iter().all(|(name, _)| **name != **shard));
+        let unnamed = shards.filter(|shard| !self.names(shard));
         let unnamed = unnamed.map(|shard| (shard, self.rest)).filter(|(_, place)| *place != Place::Oldest);
         let named = self.places.iter().map(|(shard, place)| (&**shard, *place));
         for (shard, place) in named.chain(unnamed) {

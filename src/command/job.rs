@@ -53,6 +53,7 @@ const SHARDS: Arg =
 
 const LEASE_LOST: &[Code] = &[Code::LeaseLost, Code::NoSuchJob, Code::ShardDown, Code::Overloaded];
 const SHARD_ERRORS: &[Code] = &[Code::ShardDown, Code::Overloaded];
+pub const PAGE_ERRORS: &[Code] = &[Code::ShardDown, Code::Overloaded, Code::TooBig];
 
 pub static ROWS: &[Spec] = &[
     Spec {
@@ -156,7 +157,8 @@ pub static ROWS: &[Spec] = &[
             Arg::option("MAXRUN", "ms", MS_FROM_1),
         ],
         flags: &[Flag::Write, Flag::Blocking],
-        reply: "Without `COUNT` one job, a map, or null. With `COUNT` an array of 1 to n jobs, or null. A job's fields \
+        reply: "Without `COUNT` one job, a map, or null. With `COUNT` an array of 1 to n jobs, or null; some MiB of jobs are \
+                enough, however many were asked for. A job's fields \
                 are, in this order: `id`, `receipt`, `payload`, `attempt`, `queue`, `type`, `attempts`, `priority`, \
                 `enqueued_at`, `lease_until`, `shard`, `meta`.",
         notes: "Queues are tried in the order given; a queue that is named like an option must stand first. Without \
@@ -171,8 +173,9 @@ pub static ROWS: &[Spec] = &[
                 uncounted. A command that came while a `GOFLOW.DEQUEUE` was waiting says that its client may have given up: \
                 then only a command that names the receipt, such as `GOFLOW.PROGRESS`, shows that the delivery was read. A \
                 worker that goes on through another proxy takes its session over with its first `GOFLOW.DEQUEUE ... BIND` \
-                there, for the queues that this names.",
-        errors: SHARD_ERRORS,
+                there, for the queues that this names. A job that is larger alone than a reply may be \
+                (`limits.output_bytes_max`) answers `TOOBIG`, and stays where it is.",
+        errors: PAGE_ERRORS,
         examples: "\
 > GOFLOW.ENQUEUE main hello TYPE greeting META lang en
 \"<id>\"
@@ -359,10 +362,11 @@ OK",
         reply: "An array of job maps as `GOFLOW.JOB` has them: ready ones in the order of delivery, scheduled ones by the \
                 time they fall due, leased ones by the end of their lease, dead ones and those that are over newest \
                 first.",
-        notes: "The default state is `ready`, the default count 100; `OFFSET` and `COUNT` together reach 1000 jobs. Each \
+        notes: "The default state is `ready`, the default count 100; `OFFSET` and `COUNT` together reach 1000 jobs; those of \
+                more than 64 MiB together answer `TOOBIG`. Each \
                 shard delivers in its own order; shown together, of equal priorities the job that was enqueued first \
                 comes first.",
-        errors: SHARD_ERRORS,
+        errors: PAGE_ERRORS,
         examples: "\
 > GOFLOW.ENQUEUE main hello
 \"<id>\"

@@ -63,6 +63,14 @@ pub struct Leased {
     pub hold: Hold,
 }
 
+impl Leased {
+    /// Gives back all but the first `count` jobs.
+    pub fn keep(&mut self, count: usize) {
+        self.deliveries.truncate(count);
+        drop(self.hold.split_off(count));
+    }
+}
+
 /// Gives leases back, attempt uncounted and at their old place, unless it is settled first.
 pub struct Hold {
     lane: Option<Arc<Lane>>,
@@ -74,6 +82,11 @@ impl Hold {
     /// The client has the jobs; from here their leases decide.
     pub fn settle(mut self) {
         self.lane = None;
+    }
+
+    fn split_off(&mut self, at: usize) -> Hold {
+        let leases = self.leases.split_off(at.min(self.leases.len()));
+        Hold { lane: self.lane.clone(), queue: self.queue.clone(), leases }
     }
 
     /// The client has the jobs, and somebody else sees to their leases.
@@ -567,7 +580,11 @@ impl Lane {
 /// Payload bytes of an operation, for the bounds.
 fn op_bytes(op: &Op) -> usize {
     match &op.action {
-        Action::Enqueue { payloads, .. } => payloads.iter().map(|payload| payload.len() + 64).sum(),
+        Action::Enqueue { policy, payloads, .. } => {
+            policy.bytes() + payloads.iter().map(|payload| payload.len() + 64).sum::<usize>()
+        }
+        Action::Lease { tokens, worker, .. } => tokens.len() * 8 + worker.len() + 64,
+        Action::Progress { text, .. } => text.len() + 64,
         Action::Ack { leases, result } => leases.len() * 16 + result.len(),
         Action::Fail { error, trace, .. } => error.len() + trace.len() + 64,
         _ => 64,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rand::Rng;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::{Asker, Done, graver, scatter, unexpected};
@@ -30,38 +31,49 @@ struct Part {
     gap: Option<Option<u64>>,
 }
 
-pub async fn read(read: Read, dispatcher: Arc<Dispatcher>, asker: Asker) -> Done {
+/// `over` ends the wait before its time.
+pub async fn read(read: Read, dispatcher: Arc<Dispatcher>, asker: Asker, over: Arc<Notify>) -> Done {
     let Read { queue, mut cursor, count, block_ms } = read;
     let wait_ms = block_ms.map(|ms| if ms == 0 { asker.block_ms_max } else { ms.min(asker.block_ms_max) });
-    let until = wait_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+    let mut until = wait_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
     let listening = until.map(|_| dispatcher.feed().listen((Topic::Events, Some(queue.clone()))));
-    if let (Some(listening), Some(until)) = (&listening, until) {
+    if let (Some(listening), Some(end)) = (&listening, until) {
         // What comes before the shards listen is found by the first look.
-        let _ = tokio::time::timeout_at(until, listening.heard()).await;
+        tokio::select! {
+            _ = tokio::time::timeout_at(end, listening.heard()) => {}
+            () = over.notified() => until = Some(Instant::now()),
+        }
     }
     loop {
         let rung = listening.as_ref().map(|listening| listening.bell().notified_owned());
         let map = dispatcher.map();
-        let parts = match ask(&read_places(&queue, &cursor, count, &map), &map, asker).await {
+        let mut parts = match ask(&read_places(&queue, &cursor, count, &map), &map, asker).await {
             Ok(parts) => parts,
             Err(error) => return Done::Reply(error.into()),
         };
         // The oldest and the newest event are a place from here on.
-        for Part { shard, page, .. } in &parts {
+        for Part { shard, page, gap } in &mut parts {
             match cursor.place(shard) {
                 // Nothing was ever recorded there, so whatever comes is new.
                 Place::Now if page.born == 0 => cursor.set(shard, Place::Oldest),
-                Place::Now => cursor.set(shard, Place::After { born: page.born, number: page.last }),
+                Place::Now => {
+                    // It did not answer when the reader began: what came since is missed.
+                    *gap = cursor.names(shard).then_some(None);
+                    cursor.set(shard, Place::After { born: page.born, number: page.last });
+                }
                 Place::Oldest | Place::After { .. } => {}
             }
         }
         let (lines, places) = merge(parts, count);
         places.into_iter().for_each(|(shard, place)| cursor.set(&shard, place));
         let is_over = until.is_none_or(|until| Instant::now() >= until);
-        if let (true, false, Some(until)) = (lines.is_empty(), is_over, until) {
+        if let (true, false, Some(end)) = (lines.is_empty(), is_over, until) {
             let poll = Instant::now() + POLL_EVERY.mul_f64(rand::rng().random_range(0.75..1.25));
             if let Some(rung) = rung {
-                let _ = tokio::time::timeout_at(until.min(poll), rung).await;
+                tokio::select! {
+                    _ = tokio::time::timeout_at(end.min(poll), rung) => {}
+                    () = over.notified() => until = Some(Instant::now()),
+                }
             }
             continue;
         }

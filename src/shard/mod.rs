@@ -119,6 +119,13 @@ pub const TICK_JOBS_MAX: usize = 1_000;
 pub const BULK_JOBS_MAX: usize = 1_000;
 /// Most jobs in one page of PEEK or DLQ LIST, and most sessions in one page.
 pub const PAGE_JOBS_MAX: usize = 1_000;
+/// Once an operation has handed out, looked through or moved so many bytes of jobs, it stops; jobs may be as large as this
+/// four times over, so a few at most go beyond.
+pub const PART_BYTES_MAX: usize = 4 << 20;
+/// So many priorities are looked at for the job that has been ready longest.
+pub const STATS_PRIORITIES_MAX: usize = 16;
+/// Most bytes of the jobs that one PEEK or DLQ LIST shows.
+pub const PAGE_BYTES_MAX: usize = 16 * PART_BYTES_MAX;
 /// Leases of a session that are looked at to see which is the oldest.
 pub const SESSION_LEASES_SEEN: usize = 100;
 
@@ -294,7 +301,7 @@ pub enum Action {
     /// wait than the shard's share allows [`Outcome::Full`], and else [`Outcome::Enqueued`]
     Enqueue { policy: Arc<Policy>, payloads: Vec<Bytes>, start: Start },
     /// Leases up to `tokens.len()` jobs of the line, one for each token, and no more than the shard's share of the limits
-    /// allows. Nothing from a paused queue. [`Outcome::Leased`]
+    /// allows. Nothing from a paused queue. With fewer where they are large, [`Outcome::Leased`], or [`Outcome::Later`]
     Lease { tokens: Vec<u64>, lease_ms: Millis, worker: Bytes },
     /// Completes the leased jobs. [`Outcome::Count`]
     Ack { leases: Vec<Lease>, result: Bytes },
@@ -420,7 +427,8 @@ pub struct Stats {
     pub paused: bool,
     /// The ledger of the queue's limits is kept here, and there are some.
     pub keeps_limits: bool,
-    /// Enqueue time of the job that is next in the line.
+    /// Since when the job has been ready that is so for longest, of the next one of each of the [`STATS_PRIORITIES_MAX`]
+    /// highest priorities.
     pub oldest_ready_at: Option<UnixMs>,
     /// The shard's clock when this was read.
     pub now: UnixMs,
@@ -432,6 +440,10 @@ pub enum Outcome {
     Enqueued(Vec<Placed>),
     /// Nothing was added of this op.
     Full(Box<Op>),
+    /// Nothing was leased for this op, since those before it took [`PART_BYTES_MAX`]: it is to be asked again.
+    Later(Box<Op>),
+    /// The jobs of a page have more than [`PAGE_BYTES_MAX`].
+    PageTooBig,
     Limits(Box<LimitView>),
     Leased(Vec<Delivery>),
     Count(u64),

@@ -357,6 +357,7 @@ fn check_stamp(stored: &Stamp, stamp: &Stamp) -> Result<()> {
 mod tests {
     use super::*;
     use crate::job::{JobRef, JobState, Lease, Policy};
+    use crate::shard::Deed;
     use crate::shard::event::Recording;
     use crate::shard::memory::MapRows;
     use crate::shard::{Action, Outcome, Party, Retention, Start, TravelMark};
@@ -474,6 +475,30 @@ mod tests {
         assert_eq!(state.queues(), []);
         state.apply(vec![Op { queue: queue.clone(), action: action((17, 0, 0)) }], 5).unwrap();
         assert_eq!(state.queues(), [queue]);
+    }
+
+    #[test]
+    fn semaphores_that_nobody_holds_any_more_are_forgotten_and_locks_keep_their_fence() {
+        let mut state = State::new(MapRows::default(), RULES);
+        let acquire = |number: u64, kind| {
+            let owner = Bytes::from_static(b"owner");
+            let deed = Deed::Acquire { token: 1, limit: 5, ttl_ms: number, owner, waits: false, moved_in: 0 };
+            Op { queue: Name::parse(format!("{number}").as_bytes()).unwrap(), action: Action::Keyed { kind, deed } }
+        };
+        for number in 1..=100 {
+            state.apply(vec![acquire(number, Keyed::Semaphore), acquire(number, Keyed::Lock)], 0).unwrap();
+        }
+        let mut state = State::load(state.rows_mut().clone(), RULES).unwrap();
+        assert_eq!(state.objects().len(), 200);
+        // A few go with each deed, of those whose time is up.
+        for _ in 0..30 {
+            state.apply(vec![acquire(5_000, Keyed::Semaphore)], 60).unwrap();
+        }
+        for state in [&State::load(state.rows_mut().clone(), RULES).unwrap(), &state] {
+            let left = state.objects();
+            let semaphores = left.iter().filter(|(kind, _)| *kind == Keyed::Semaphore);
+            assert_eq!((semaphores.count(), left.len()), (41, 141));
+        }
     }
 
     #[test]

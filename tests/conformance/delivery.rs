@@ -1,6 +1,7 @@
 //! From enqueue to delivery: what is stored, in which order jobs leave, how they are leased.
 
 use bytes::Bytes;
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use goflow::job::{JobRef, JobState, Policy};
@@ -256,7 +257,47 @@ async fn an_effect_says_when_the_next_thing_falls_due(keeper: &Keeper) {
     assert_eq!(trial.effect().due_in, Some(5_000));
 }
 
+async fn large_jobs_are_leased_in_parts_and_all_of_them(keeper: &Keeper) {
+    let mut trial = keeper.open().await;
+    let payload = "x".repeat(512 << 10);
+    let mut seqs = HashSet::new();
+    for number in 0..40 {
+        // Some in front of the line.
+        let policy = policy(|policy| policy.priority = (number % 4 == 0).into());
+        seqs.insert(trial.enqueue_as(policy, &payload).await);
+    }
+    let (mut seen, mut parts, mut later) = (HashSet::new(), 0, 0);
+    while seen.len() < seqs.len() {
+        let tokens: Vec<u64> = (0..41).map(|_| trial.token()).collect();
+        let lease = |tokens: &[u64]| Action::Lease { tokens: tokens.to_vec(), lease_ms: LEASE_MS, worker: "w".into() };
+        let before = seen.len();
+        for outcome in trial.apply(vec![lease(&tokens[..40]), lease(&tokens[40..])]).await {
+            match outcome {
+                Outcome::Leased(deliveries) => seen.extend(deliveries.iter().map(|delivery| delivery.lease.seq)),
+                Outcome::Later(op) => {
+                    later += 1;
+                    assert_eq!(op.action, lease(&tokens[40..]), "what is to be asked again");
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(seen.len() > before, "each part has one job at least");
+        assert_eq!(trial.effect().ready as usize, seqs.len() - seen.len());
+        parts += 1;
+    }
+    assert_eq!(seen, seqs);
+    assert!(parts > 2 && later > 0, "{parts} parts, {later} were told to ask again");
+    // What falls due comes in parts, too, and says so.
+    trial.advance(LEASE_MS);
+    trial.tick().await;
+    while trial.effect().due_in == Some(0) || trial.effect().due_in == Some(1) {
+        trial.tick().await;
+    }
+    assert_eq!((trial.len(JobState::Leased).await, trial.len(JobState::Scheduled).await), (0, 40));
+}
+
 cases![
+    large_jobs_are_leased_in_parts_and_all_of_them,
     a_new_job_is_ready_and_shows_what_its_enqueue_said,
     a_payload_of_every_byte_and_an_empty_one_are_delivered_as_they_are,
     jobs_of_one_priority_leave_first_in_first_out,

@@ -108,15 +108,29 @@ async fn statistics_count_what_happened_and_what_is(keeper: &Keeper) {
     assert_eq!(trial.stats().await, expected);
 }
 
-async fn the_oldest_ready_time_is_that_of_the_next_in_line(keeper: &Keeper) {
+async fn the_oldest_ready_time_is_that_of_the_job_that_waits_longest(keeper: &Keeper) {
     let mut trial = keeper.open().await;
     assert_eq!(trial.stats().await.oldest_ready_at, None);
-    trial.enqueue("old").await;
+    let delayed = trial.enqueue_at(Policy::default(), "delayed", Start::Delay(50)).await;
+    let passed_over = trial.enqueue_as(policy(|policy| policy.priority = -1), "passed over").await;
     trial.advance(10);
     trial.enqueue_as(policy(|policy| policy.priority = 1), "urgent").await;
-    assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 10));
-    trial.take().await;
+    trial.enqueue("usual").await;
     assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN));
+    trial.cancel(passed_over).await;
+    assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 10));
+    // A job waits since it may start, not since it was enqueued; one that came back since then.
+    trial.advance(50);
+    let (urgent, usual) = (trial.take().await, trial.take().await);
+    assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 60));
+    assert_eq!(trial.take().await.seq, delayed);
+    assert_eq!(trial.stats().await.oldest_ready_at, None);
+    trial.advance(5);
+    trial.release(usual, 0).await;
+    assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 65));
+    trial.advance(5);
+    trial.release(urgent, 0).await;
+    assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 65));
 }
 
 async fn a_purge_removes_the_jobs_of_one_state_and_all_trace(keeper: &Keeper) {
@@ -154,7 +168,7 @@ cases![
     a_page_is_bounded_whatever_it_asks,
     looking_changes_nothing,
     statistics_count_what_happened_and_what_is,
-    the_oldest_ready_time_is_that_of_the_next_in_line,
+    the_oldest_ready_time_is_that_of_the_job_that_waits_longest,
     a_purge_removes_the_jobs_of_one_state_and_all_trace,
     a_purge_goes_in_bounded_steps_oldest_first,
 ];

@@ -20,7 +20,7 @@ use crate::dispatch::waiting::Ticket;
 use crate::error::{Code, Error, Happened, Result};
 use crate::job::Name;
 use crate::metrics::Metrics;
-use crate::shard::{Action, Applied, Deed, Effect, Keyed, Op, Outcome};
+use crate::shard::{Action, Applied, Deed, Effect, Keyed, Op, Outcome, PAGE_BYTES_MAX};
 
 /// Most jobs in one batch; one operation larger than this goes alone.
 const BATCH_JOBS_MAX: usize = 512;
@@ -338,16 +338,24 @@ impl Line {
             match answer {
                 Answer::Session(reply) => match outcome {
                     Ok(Outcome::Full(op)) => self.lane.note_refused(*op, reply),
+                    Ok(Outcome::PageTooBig) => reply.send(Err(page_too_big())),
                     outcome => reply.send(outcome),
                 },
                 Answer::Again(reply) => reply.send(outcome),
-                Answer::Leasing(reply) => {
-                    if let Some(queue) = queue {
+                Answer::Leasing(reply) => match (outcome, queue) {
+                    (Ok(Outcome::Later(op)), _) => self.lane.mail().push(*op, 0, Answer::Leasing(reply)),
+                    (outcome, Some(queue)) => {
                         reply.send(outcome.and_then(|outcome| self.leased(queue, outcome)));
                     }
-                }
+                    _ => {}
+                },
                 Answer::Ticket(ticket) => {
                     if let Some(queue) = queue {
+                        if matches!(outcome, Ok(Outcome::Later(_))) {
+                            self.hot.insert(queue.clone());
+                            returned.push((queue, ticket, None));
+                            continue;
+                        }
                         match outcome.and_then(|outcome| self.leased(queue.clone(), outcome)) {
                             // A ticket that was let go is claimed anew, or the jobs go back by their hold.
                             Ok(leased) if !leased.deliveries.is_empty() => match !is_late || ticket.claim() {
@@ -601,6 +609,11 @@ fn releases(op: &Op) -> Option<(Keyed, Name)> {
         Action::Keyed { kind, deed: Deed::Release { .. } } => Some((*kind, op.queue.clone())),
         _ => None,
     }
+}
+
+fn page_too_big() -> Error {
+    let most = PAGE_BYTES_MAX >> 20;
+    Error::new(Code::TooBig, format!("these jobs have more than {most} MiB together; ask for fewer with COUNT"))
 }
 
 /// Moves what has fallen due in a queue, and asks how it stands.

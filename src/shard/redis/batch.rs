@@ -17,7 +17,8 @@ use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Name, Spec, TEXT_BY
 use crate::shard::event::{self, PAGE_EVENTS_MAX, Recording};
 use crate::shard::{
     Action, BULK_JOBS_MAX, DeathGroup, DeathMark, Deed, Departure, Effect, Keyed, LimitDeed, LimitView, Op, Outcome,
-    PAGE_JOBS_MAX, Placed, QueueLimits, RATE_STEPS, Rate, Rules, SessionView, Start, Stats, TICK_JOBS_MAX, TravelMark,
+    PAGE_JOBS_MAX, PART_BYTES_MAX, Placed, QueueLimits, RATE_STEPS, Rate, Rules, SessionView, Start, Stats,
+    TICK_JOBS_MAX, TravelMark,
 };
 
 /// Numbers of 6 bytes are below this.
@@ -306,7 +307,7 @@ impl Part {
                     for (nth, own) in run.iter().enumerate() {
                         let jobs = jobs_of(self.action(ops, *own)) as u64;
                         if marks.as_ref().is_some_and(|marks| marks.get(nth) != Some(&b'1')) {
-                            outcomes[*own] = self.full(ops, *own);
+                            outcomes[*own] = Outcome::Full(self.op(ops, *own));
                             continue;
                         }
                         outcomes[*own] = Outcome::Enqueued((seq..seq + jobs).map(Placed::Added).collect());
@@ -319,7 +320,7 @@ impl Part {
                         let jobs = jobs_of(self.action(ops, *own));
                         let placed: Vec<Value> = placed.by_ref().take(jobs).collect();
                         outcomes[*own] = match placed.first()? {
-                            Value::Nil => self.full(ops, *own),
+                            Value::Nil => Outcome::Full(self.op(ops, *own)),
                             _ if placed.len() < jobs => return None,
                             _ => Outcome::Enqueued(placed.into_iter().map(read_placed).collect::<Option<_>>()?),
                         };
@@ -347,9 +348,8 @@ impl Part {
         Some((outcomes, Some(effect)))
     }
 
-    /// What is answered to an op for whose jobs there was no room.
-    fn full(&self, ops: &[Op], own: usize) -> Outcome {
-        Outcome::Full(Box::new(ops[self.places[own]].clone()))
+    fn op(&self, ops: &[Op], own: usize) -> Box<Op> {
+        Box::new(ops[self.places[own]].clone())
     }
 
     fn read_deliveries(
@@ -363,12 +363,15 @@ impl Part {
         let mut value = list(value)?.into_iter();
         let (mut seqs, mut spent) = (text(value.next()?)?, text(value.next()?)?);
         let mut records = list(value.next()?)?.into_iter();
+        let mut bytes = 0;
         for own in run {
             let Action::Lease { tokens, lease_ms, .. } = self.action(ops, *own) else { return None };
             let mut deliveries = Vec::new();
             for token in tokens {
                 let Some(record) = records.next() else { break };
-                let (enqueued_at, spec) = read_record(text(record)?)?;
+                let record = text(record)?;
+                bytes += record.len();
+                let (enqueued_at, spec) = read_record(record)?;
                 deliveries.push(Delivery {
                     lease: Lease { seq: short(&mut seqs)?, token: *token },
                     spec,
@@ -377,7 +380,11 @@ impl Part {
                     lease_until: now.saturating_add(*lease_ms).min(SHORT_MAX),
                 });
             }
-            outcomes[*own] = Outcome::Leased(deliveries);
+            outcomes[*own] = match deliveries.is_empty() && bytes >= PART_BYTES_MAX {
+                // The script stopped there, though there may be more.
+                true => Outcome::Later(self.op(ops, *own)),
+                false => Outcome::Leased(deliveries),
+            };
         }
         Some(())
     }
@@ -889,6 +896,7 @@ fn read_one(action: &Action, value: Value, now: UnixMs) -> Option<Outcome> {
     Some(match (action, value) {
         (Action::Job { .. } | Action::DeadGet { .. }, Value::Nil) => Outcome::Job(None),
         (Action::Job { .. } | Action::DeadGet { .. }, value) => Outcome::Job(Some(Box::new(read_view(value)?))),
+        (Action::Peek { .. }, Value::BulkString(_)) => Outcome::PageTooBig,
         (Action::Peek { .. }, value) => Outcome::Jobs(list(value)?.into_iter().map(read_view).collect::<Option<_>>()?),
         (Action::Outbox, value) => {
             let mut rows = list(value)?.into_iter();

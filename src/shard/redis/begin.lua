@@ -53,6 +53,7 @@ local META_FORMAT = '<dddddddddddddddddddddddddddddddddd'
 local META_BYTES = 272
 local TIME_MAX = 281474976710655 -- what 6 bytes hold
 local NOBODY = '\0\0\0\0\0\0'
+local PART_BYTES = 4194304 -- `PART_BYTES_MAX` of `src/shard/mod.rs`
 
 local now, keep_ms, keep_jobs, lapses_max, bulk_max, history_ms, history_jobs, journal_events =
   parse('>I6I6I6I4I4I6I6I6', ARGV[1])

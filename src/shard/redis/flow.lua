@@ -44,15 +44,31 @@ local function lease()
   if M.paused ~= 0 or count == 0 then
     return {'', '', {}}
   end
-  local seqs, records, states
-  if M.ranked == 0 and M.odd == 0 then
-    seqs = call('LPOP', READY, format('%.0f', count))
-    records = fetch(JOBS, seqs)
-  else
-    rules = rules or make_rules()
-    seqs, records, states = rules.take(count)
-    count = #seqs
+  -- In steps, larger ones while jobs are small, so that large ones do not make one answer that takes a shard for seconds.
+  local seqs, records, states, bytes, step = {}, {}, nil, 0, 2
+  while #seqs < count and bytes < PART_BYTES do
+    local taken, found, kept
+    step = math.min(step, count - #seqs)
+    if M.ranked == 0 and M.odd == 0 and not states then
+      taken = call('LPOP', READY, format('%.0f', step))
+      found = fetch(JOBS, taken)
+    else
+      rules, states = rules or make_rules(), states or {}
+      taken, found, kept = rules.take(step)
+      if #taken == 0 then
+        break
+      end
+    end
+    local size = #seqs
+    for i = 1, #taken do
+      seqs[size + i], records[size + i], bytes = taken[i], found[i], bytes + #found[i]
+      if kept then
+        states[size + i] = kept[i]
+      end
+    end
+    step = math.min(2 * step, 16)
   end
+  count = #seqs
   if recording and M.held ~= 0 then
     rules = rules or make_rules()
   end

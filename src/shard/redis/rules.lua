@@ -344,7 +344,7 @@ function make_rules()
       M.seq = M.seq + 1
       it.place = M.seq
     end
-    it.time = 0
+    it.time = now
     if has(it, 8) and not keeps_turn(it) then
       it.state = 'B'
       call('ZADD', BLOCKED, '0', rank_of(it))
@@ -544,12 +544,14 @@ function make_rules()
       return
     end
     local freed = {}
-    if M.held ~= 0 then
-      local records = fetch(JOBS, seqs)
-      local states = seen(2) and fetch(STATE, seqs) or {}
-      for i = 1, #seqs do
+    -- In steps, so that large ones are not held together.
+    for first = 1, M.held ~= 0 and #seqs or 0, 16 do
+      local part = {spread(seqs, first, math.min(first + 15, #seqs))}
+      local records = fetch(JOBS, part)
+      local states = seen(2) and fetch(STATE, part) or {}
+      for i = 1, #part do
         if records[i] then
-          local it = read_head({job = seqs[i], flags = byte(records[i], 14) - 64}, records[i])
+          local it = read_head({job = part[i], flags = byte(records[i], 14) - 64}, records[i])
           free_key(it)
           if has(it, 8) then
             freed[#freed + 1] = member_of(it)
@@ -889,18 +891,23 @@ function make_rules()
     end
   end
 
-  -- Moves what has fallen due, at most `room` jobs.
+  -- Moves what has fallen due, at most `room` jobs, and fewer large ones.
   function rules.tick(room)
+    local bytes = 0
     if M.sessions > 0 then
       room = make_sessions(rules).give_back(room)
     end
     local function move(key, count, change)
-      if count > 0 and room > 0 then
-        local found = call('ZRANGEBYSCORE', key, '-inf', text(now), 'LIMIT', '0', text(room))
+      while count > 0 and room > 0 and bytes < PART_BYTES do
+        local found = call('ZRANGEBYSCORE', key, '-inf', text(now), 'LIMIT', '0', text(math.min(room, 16)))
+        if #found == 0 then
+          break
+        end
         room = room - #found
         local records, states = fetch(JOBS, found), fetch(STATE, found)
         for i = 1, #found do
           if records[i] then
+            bytes = bytes + #records[i]
             -- One before it may have let it into the line.
             change(seen(2) and find(found[i]) or job_of(found[i], records[i], states[i]))
           end
@@ -1329,24 +1336,62 @@ function make_rules()
     count = math.min(count, count_of(state) - offset)
     local views = {}
     if count > 0 then
-      local page = page_of(state, offset, count)
-      local records, states = fetch(JOBS, page), fetch(STATE, page)
-      for i = 1, #page do
-        if records[i] then
-          views[#views + 1] = {page[i], records[i], states[i] or ''}
+      local page, bytes = page_of(state, offset, count), 0
+      for first = 1, #page, 16 do
+        local part = {spread(page, first, math.min(first + 15, #page))}
+        local records, states = fetch(JOBS, part), fetch(STATE, part)
+        for i = 1, #part do
+          if records[i] then
+            bytes = bytes + #records[i]
+            views[#views + 1] = {part[i], records[i], states[i] or ''}
+          end
+        end
+        if bytes > 16 * PART_BYTES then
+          return 'B'
         end
       end
     end
     return views
   end
 
+  -- Since when the job has been ready that is so for longest, of the next one of each of the 16 highest priorities.
+  local function ready_since()
+    local oldest, bytes = -1, 0
+    local function look(job)
+      local state = call('HGET', STATE, job)
+      local since = state and parse('>I6', state, 29) or 0
+      if since == 0 then
+        local record = call('HGET', JOBS, job)
+        since, bytes = tonumber(sub(record, 1, 13)), bytes + #record
+      end
+      oldest = oldest < 0 and since or math.min(oldest, since)
+    end
+    local from, looked = '-inf', 0
+    local level = M.ready > M.ranked and list_page(0, 1)[1]
+    while M.ranked > 0 and looked < 16 and bytes < PART_BYTES do
+      local found = call('ZRANGEBYSCORE', RANKED, from, '+inf', 'WITHSCORES', 'LIMIT', '0', '1')
+      if #found == 0 then
+        break
+      end
+      local priority = math.floor(tonumber(found[2]) / PLACE_MAX)
+      if level and priority > 0 then
+        look(level)
+        level, looked = nil, looked + 1
+      end
+      look(found[1])
+      from, looked = text((priority + 1) * PLACE_MAX), looked + 1
+    end
+    if level and looked < 16 then
+      look(level)
+    end
+    return oldest
+  end
+
   local function stats()
-    local first = M.ready > 0 and line_page(0, 1)[1]
-    local record = first and call('HGET', JOBS, first)
     return {
       M.ready + blocked(), M.scheduled, M.leased, M.dead, M.completed_kept, M.cancelled_kept, M.expired_kept, M.enqueued, M.delivered,
       M.completed, M.failed, M.lapsed, M.released, M.died, M.redriven, M.cancelled, M.expired, M.paused,
-      record and tonumber(sub(record, 1, 13)) or -1, seen(8) and 1 or 0,
+      ready_since(), seen(8) and 1 or 0,
     }
   end
 
@@ -1386,6 +1431,11 @@ function make_rules()
     local count = math.min(count_of(state), bulk_max)
     if count == 0 then
       return {0, -1}
+    end
+    -- Few at once where the first is large, as others of its queue are then.
+    local first = page_of(state, 0, 1)[1]
+    if first and call('HSTRLEN', JOBS, first) > PART_BYTES / 64 then
+      count = math.min(count, 16)
     end
     local seqs = pull(state, count)
     forget(seqs, 0, not KEPT[state] and 'purged' or nil)
@@ -1577,7 +1627,7 @@ function make_rules()
     local stored = call('HGETALL', MOVING)
     if #stored == 0 then
       local count, bytes = 0, 0
-      while count < most and bytes < 4194304 and count_of(state) > 0 do
+      while count < most and bytes < PART_BYTES and count_of(state) > 0 do
         local step = pull(state, math.min(16, most - count, count_of(state)))
         local records = fetch(JOBS, step)
         for i = 1, #step do

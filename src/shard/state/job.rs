@@ -49,7 +49,8 @@ pub struct Job {
     pub place: u64,
     /// The token of the lease that is, or was the last.
     pub token: u64,
-    /// The due time, the end of the lease, or when the job was over or died; else 0.
+    /// The due time, the end of the lease, when the job was over or died, or since when it is ready again; 0 when it was
+    /// ready from the beginning.
     pub at: UnixMs,
     /// When the ttl is over; 0 is never.
     pub expires_at: UnixMs,

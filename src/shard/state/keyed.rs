@@ -1,9 +1,10 @@
 //! Locks and semaphores: who holds each, in memory and in a row of its own.
 //!
 //! One row per object with all its holders, so an op costs O(holders). Holders whose time is up are dropped when their
-//! object is looked at; a semaphore without holders leaves no row, a free lock keeps the row with its fence.
+//! object is looked at; a semaphore without holders leaves no row, a free lock keeps the row with its fence. Semaphores that
+//! nobody looks at any more are found by when their last holder's time is up, a few with each deed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -27,27 +28,35 @@ struct Object {
     holders: Vec<Held>,
 }
 
+/// Semaphores without holders that go with each deed.
+const CLEARED_AT_ONCE: usize = 4;
+
 /// All locks and semaphores of a shard of which something is known.
 #[derive(Default)]
-pub struct Objects(HashMap<(Keyed, Name), Object, foldhash::fast::RandomState>);
+pub struct Objects {
+    known: HashMap<(Keyed, Name), Object, foldhash::fast::RandomState>,
+    /// Semaphores by when they have no holder any more.
+    ends: BTreeSet<(UnixMs, Name)>,
+}
 
 impl Objects {
     /// Takes in what a row tells.
     pub fn load(&mut self, key: Key, row: Bytes) -> Result<()> {
         if let Key::Object(kind, name) = key {
             let object = Object::decode(row).ok_or_else(|| broken("a lock or semaphore cannot be read"))?;
-            self.0.insert((kind, name), object);
+            self.keep((kind, name), object);
         }
         Ok(())
     }
 
     pub fn names(&self) -> Vec<(Keyed, Name)> {
-        self.0.keys().cloned().collect()
+        self.known.keys().cloned().collect()
     }
 
     /// Does the deed and writes the object's row if it changed.
     pub fn act(&mut self, rows: &mut impl Rows, key: (Keyed, Name), deed: Deed, now: UnixMs) -> Outcome {
-        let mut object = self.0.remove(&key).unwrap_or_default();
+        self.clear(rows, now);
+        let mut object = self.take(&key).unwrap_or_default();
         let held = object.holders.len();
         object.holders.retain(|held| held.until > now);
         let mut changed = object.holders.len() < held;
@@ -60,13 +69,47 @@ impl Objects {
             (false, _) => {}
         }
         if is_kept {
-            self.0.insert(key, object);
+            self.keep(key, object);
         }
         outcome
+    }
+
+    fn keep(&mut self, key: (Keyed, Name), object: Object) {
+        if let (Keyed::Semaphore, Some(end)) = (key.0, object.end()) {
+            self.ends.insert((end, key.1.clone()));
+        }
+        self.known.insert(key, object);
+    }
+
+    fn take(&mut self, key: &(Keyed, Name)) -> Option<Object> {
+        let object = self.known.remove(key)?;
+        if let (Keyed::Semaphore, Some(end)) = (key.0, object.end()) {
+            self.ends.remove(&(end, key.1.clone()));
+        }
+        Some(object)
+    }
+
+    /// Forgets some semaphores whose holders' time is up.
+    fn clear(&mut self, rows: &mut impl Rows, now: UnixMs) {
+        for _ in 0..CLEARED_AT_ONCE {
+            let Some((end, _)) = self.ends.first() else { return };
+            if *end > now {
+                return;
+            }
+            if let Some((_, name)) = self.ends.pop_first() {
+                self.known.remove(&(Keyed::Semaphore, name.clone()));
+                rows.delete(Key::Object(Keyed::Semaphore, name));
+            }
+        }
     }
 }
 
 impl Object {
+    /// When the time of the last holder is up.
+    fn end(&self) -> Option<UnixMs> {
+        self.holders.iter().map(|held| held.until).max()
+    }
+
     fn act(&mut self, kind: Keyed, deed: Deed, now: UnixMs) -> Outcome {
         let place = |token: u64, object: &Object| object.holders.iter().position(|held| held.token == token);
         let end = |ttl_ms: u64| now.saturating_add(ttl_ms).min(NUMBER_MAX);

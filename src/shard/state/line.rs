@@ -74,6 +74,16 @@ impl Line {
         Some(self.seq_at(chunk * BITS + u64::from(word.trailing_zeros())))
     }
 
+    /// The next job of each priority, the highest first.
+    pub fn heads(&self) -> impl Iterator<Item = u64> {
+        let mut from = Some((i16::MIN, 0));
+        std::iter::from_fn(move || {
+            let ((priority, chunk), word) = self.words.range(from?..).next()?;
+            from = priority.checked_add(1).map(|next| (next, 0));
+            Some(self.seq_at(chunk * BITS + u64::from(word.trailing_zeros())))
+        })
+    }
+
     /// Up to `count` jobs in order, after the first `offset`. Walks a word for each 64 that it passes over.
     pub fn page(&self, offset: u64, count: usize) -> Vec<u64> {
         let mut page = Vec::new();
@@ -130,6 +140,9 @@ mod tests {
             let from = (offset as usize).min(expected.len());
             prop_assert_eq!(line.len(), expected.len() as u64);
             prop_assert_eq!(line.first(), expected.first().copied());
+            let mut heads: Vec<(i16, u64)> = model.iter().map(|(priority, _, seq)| (*priority, *seq)).collect();
+            heads.dedup_by_key(|(priority, _)| *priority);
+            prop_assert!(line.heads().eq(heads.into_iter().map(|(_, seq)| seq)));
             prop_assert_eq!(line.page(offset, 7), &expected[from..(from + 7).min(expected.len())]);
         }
 

@@ -11,9 +11,12 @@ use super::rows::Rows;
 use super::turn::{Cause, To, Turn};
 use crate::clock::{Millis, UnixMs};
 use crate::error::{Error, Result};
-use crate::job::{Delivery, JobRef, JobState, JobView, Lease, Policy, Spec, backoff_delay};
+use crate::job::{Delivery, JobRef, JobState, Lease, Policy, Spec, backoff_delay};
 use crate::shard::event::What;
-use crate::shard::{Action, BULK_JOBS_MAX, LimitDeed, LimitView, Op, Outcome, PAGE_JOBS_MAX, Placed, Start};
+use crate::shard::{
+    Action, BULK_JOBS_MAX, LimitDeed, LimitView, Op, Outcome, PAGE_BYTES_MAX, PAGE_JOBS_MAX, PART_BYTES_MAX, Placed,
+    STATS_PRIORITIES_MAX, Start,
+};
 
 /// Whether the action can be applied at all.
 pub fn check(action: &Action) -> Result<()> {
@@ -121,6 +124,13 @@ impl<R: Rows> Turn<'_, R> {
         let lease_until = self.after(lease_ms);
         let most = usize::try_from(self.queue.leasable()).unwrap_or(usize::MAX);
         for token in tokens.iter().take(most) {
+            if self.queue.leased_bytes >= PART_BYTES_MAX {
+                if deliveries.is_empty() {
+                    let action = Action::Lease { tokens: tokens.to_vec(), lease_ms, worker };
+                    return Ok(Outcome::Later(Box::new(Op { queue: self.queue.name.clone(), action })));
+                }
+                break;
+            }
             let Some(seq) = self.queue.line.first() else { break };
             let record = self.record(seq)?;
             let mut job = match self.queue.pristine.contains(seq) {
@@ -137,6 +147,7 @@ impl<R: Rows> Turn<'_, R> {
             self.transition(seq, job, Cause::Lease, To::Leased(lease_until))?;
             let lease = Lease { seq, token: *token };
             let enqueued_at = record.enqueued_at;
+            self.queue.leased_bytes += record.spec.payload.len();
             deliveries.push(Delivery { lease, spec: record.spec, attempt, enqueued_at, lease_until });
         }
         if let Some(share) = &mut self.queue.share {
@@ -289,16 +300,27 @@ impl<R: Rows> Turn<'_, R> {
 
     fn peek(&self, state: JobState, offset: u64, count: u64) -> Result<Outcome> {
         let count = usize::try_from(count).unwrap_or(usize::MAX).min(PAGE_JOBS_MAX);
-        let seqs = self.queue.page(state, offset, count).into_iter();
-        let views: Result<Vec<Option<JobView>>> = seqs.map(|seq| self.view(seq)).collect();
-        Ok(Outcome::Jobs(views?.into_iter().flatten().collect()))
+        let (mut views, mut bytes) = (Vec::new(), 0);
+        for seq in self.queue.page(state, offset, count) {
+            let Some(view) = self.view(seq)? else { continue };
+            bytes += view.spec.payload.len();
+            if bytes > PAGE_BYTES_MAX {
+                return Ok(Outcome::PageTooBig);
+            }
+            views.push(view);
+        }
+        Ok(Outcome::Jobs(views))
     }
 
     fn stats(&self) -> Result<Outcome> {
         let mut stats = self.queue.stats();
         stats.now = self.now;
-        if let Some(seq) = self.queue.line.first() {
-            stats.oldest_ready_at = Some(self.record(seq)?.enqueued_at);
+        for seq in self.queue.line.heads().take(STATS_PRIORITIES_MAX) {
+            let since = match self.queue.jobs.get(&seq) {
+                Some(job) if job.at > 0 => job.at,
+                _ => self.record(seq)?.enqueued_at,
+            };
+            stats.oldest_ready_at = Some(stats.oldest_ready_at.map_or(since, |oldest| oldest.min(since)));
         }
         Ok(Outcome::Stats(Box::new(stats)))
     }

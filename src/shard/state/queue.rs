@@ -97,6 +97,8 @@ pub struct Queue {
     pub is_dirty: bool,
     /// The batch that is being applied has touched the queue.
     pub is_open: bool,
+    /// So many bytes of jobs were leased by the batch that is being applied.
+    pub leased_bytes: usize,
     /// A queue that nothing was ever written of is forgotten after the batch.
     pub is_stored: bool,
 }
@@ -129,6 +131,7 @@ impl Queue {
             journal: Journal::default(),
             is_dirty: false,
             is_open: false,
+            leased_bytes: 0,
             is_stored: false,
         }
     }

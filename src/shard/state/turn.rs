@@ -53,6 +53,7 @@ pub struct Turn<'a, R> {
 impl<R: Rows> Turn<'_, R> {
     /// Moves what has fallen due, and forgets what need not be kept any more.
     pub fn begin(&mut self) -> Result<()> {
+        self.queue.leased_bytes = 0;
         if let Some(share) = &mut self.queue.share {
             share.slide(self.now);
         }
@@ -149,9 +150,9 @@ impl<R: Rows> Turn<'_, R> {
         (job.state, job.at) = match to {
             To::EndOfLine => {
                 job.place = self.queue.next();
-                (JobState::Ready, 0)
+                (JobState::Ready, self.now)
             }
-            To::OldPlace => (JobState::Ready, 0),
+            To::OldPlace => (JobState::Ready, self.now),
             To::Scheduled(due_at) => (JobState::Scheduled, due_at),
             To::Leased(until) => (JobState::Leased, until),
             To::Dead => (JobState::Dead, self.now),
