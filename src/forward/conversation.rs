@@ -287,7 +287,8 @@ impl Conversation {
             _ => return Err(Error::new(Code::CrossShard, format!("{} in a transaction asks every shard", row.name))),
         }
         let has_keys = !row.keys.places(words).is_empty();
-        self.ways.shard_of(row.keys, words).map(|shard| has_keys.then_some(shard))
+        let shard = self.ways.shard_of(row.keys, words);
+        shard.map(|shard| has_keys.then_some(shard)).map_err(|error| row.fault(words).unwrap_or(error))
     }
 
     fn execute(&mut self, queue: Queue, protocol: Protocol) -> Started {
