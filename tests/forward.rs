@@ -726,6 +726,27 @@ fn messages_reach_subscribers_on_every_proxy_once() {
     assert_eq!(here.say("GET key"), Value::Null);
 }
 
+#[test]
+fn what_shards_and_proxies_tell_each_other_is_not_for_clients() {
+    let farm = farm(1);
+    let (mut wire, mut shard) = (farm.goflow.wire(), farm.shards[0].wire());
+    let wake = Value::Bulk("goflow:wake".into());
+    eventually!("the proxy listens", shard.say("PUBSUB CHANNELS").items().contains(&wake).then_some(()));
+    assert_eq!(wire.say("PUBSUB CHANNELS"), array(&[]));
+    assert_eq!(wire.say("PUBSUB CHANNELS goflow:*"), array(&[]));
+    assert_eq!(wire.say("PUBSUB NUMSUB goflow:wake"), Value::Array(vec![wake, Value::Integer(0)]));
+    // Who subscribes to it hears nothing of it, by its name or by a pattern.
+    let mut listener = farm.goflow.wire();
+    for (place, line) in
+        ["SUBSCRIBE goflow:wake", "PSUBSCRIBE goflow:*", "PSUBSCRIBE *", "SUBSCRIBE news"].iter().enumerate()
+    {
+        assert_eq!(listener.say(line).items()[2], Value::Integer(place as i64 + 1));
+    }
+    assert!(shard.say("PUBLISH goflow:wake queue").integer() > 0);
+    wire.say("PUBLISH news hello");
+    assert_eq!([listener.read(), listener.read()].map(|told| told.items()[0].text()), ["message", "pmessage"]);
+}
+
 fn pushed(words: &[&str], count: i64) -> Vec<Value> {
     words.iter().map(|word| Value::Bulk((*word).into())).chain([Value::Integer(count)]).collect()
 }

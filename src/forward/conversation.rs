@@ -744,7 +744,11 @@ async fn channels(ways: &Ways, kind: Kind, words: &[Bytes], protocol: Protocol) 
     for reply in sent {
         match reply.await {
             Ok(reply) if cut::is_error(&reply) => return Reply::Raw(reply),
-            Ok(reply) => names.extend(cut::items(&reply).unwrap_or_default().iter().filter_map(cut::text)),
+            // What shards tell each other is not for clients.
+            Ok(reply) => {
+                let told = cut::items(&reply).unwrap_or_default();
+                names.extend(told.iter().filter_map(cut::text).filter(|name| !is_own(name)));
+            }
             Err(error) => return error.into(),
         }
     }
@@ -756,7 +760,7 @@ async fn numsub(ways: &Ways, kind: Kind, words: &[Bytes], protocol: Protocol) ->
     for channel in words.iter().skip(2) {
         let home = ways.home(channel);
         let (clients, subscriptions) = ways.shared.hub.listeners(kind, channel);
-        let count = if ways.is_local(home) {
+        let count = if ways.is_local(home) || is_own(channel) {
             clients
         } else {
             let ask = vec![words[0].clone(), words[1].clone(), channel.clone()];
