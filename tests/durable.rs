@@ -403,6 +403,9 @@ fn a_connection_holds_so_many_unacked_elements_and_no_more() {
     assert_eq!(goflow.wire().say("LPOP long:q"), bulk("last"));
     let mut wire = goflow.wire();
     assert!(wire.say("LPOP jobs:many 10001").is_error("TOOBIG"));
+    let lists = vec!["jobs:many"; 129];
+    let refused = wire.call(&[&["BRPOP"], &lists[..], &["1"]].concat());
+    assert!(refused.is_error("TOOBIG") && refused.text().contains("128"), "{refused:?}");
     assert!(wire.call(&[&["RPUSH", "jobs:many", "one more"], &elements[..]].concat()).is_error("TOOBIG"));
 }
 
@@ -436,7 +439,10 @@ fn what_a_list_in_parts_cannot_mean_is_refused_by_name() {
         ("BLMPOP 0 1 jobs:r", "wrong number of arguments"),
         ("BRPOP jobs:r -1", "negative"),
         ("BRPOP jobs:r x", "not a float"),
-        ("LPOP jobs:r -1", "greater than 0"),
+        ("LPOP jobs:r -1", "value is out of range, must be positive"),
+        ("RPOP jobs:r x", "value is out of range, must be positive"),
+        ("LPOP jobs:r 1 2", "wrong number of arguments for 'lpop' command"),
+        ("LMPOP 1 jobs:r LEFT COUNT 0", "greater than 0"),
         ("LPUSH jobs:r", "wrong number of arguments"),
         ("LPUSH jobs:{r} x", "invalid"),
     ] {

@@ -283,6 +283,31 @@ fn commands_on_several_shards_are_split_and_merged_or_refused() {
 }
 
 #[test]
+fn over_several_shards_a_request_is_refused_for_what_is_wrong_with_it() {
+    let shards = ["--shard", "a=memory:", "--shard", "b=memory:", "--shard", "c=memory:"];
+    let goflow = Goflow::start(&shards);
+    let mut wire = goflow.wire();
+    let (far, off) = (elsewhere(&mut wire, "key0"), elsewhere(&mut wire, "MIN"));
+    for (line, told) in [
+        (format!("BLPOP key0 {far} x"), "ERR timeout is not a float or out of range"),
+        (format!("BLMPOP -1 2 key0 {far} LEFT"), "ERR timeout is negative"),
+        (format!("BLMOVE key0 {far} LEFT LEFT x"), "ERR timeout is not a float or out of range"),
+        (format!("XREAD BLOCK x STREAMS key0 {far} 0 0"), "ERR timeout is not an integer or out of range"),
+        (format!("ZMPOP 2 {off} MIN"), "ERR syntax error"),
+        (format!("BZMPOP 0 2 {off} MIN"), "ERR syntax error"),
+        (format!("LMOVE key0 {far} UP LEFT"), "ERR syntax error"),
+        (format!("MSETNX key0 1 {far}"), "ERR wrong number of arguments for 'msetnx' command"),
+    ] {
+        assert_eq!(wire.say(&line), Value::Error(told.into()), "{line}");
+        wire.say("MULTI");
+        wire.say("GET key0");
+        assert_eq!(wire.say(&line), Value::Error(told.into()), "{line} in a transaction");
+        assert!(wire.say("EXEC").is_error("EXECABORT"));
+    }
+    assert!(wire.call(&["LMOVE", "key0", &far, "LEFT", "LEFT"]).is_error("CROSSSHARD"));
+}
+
+#[test]
 fn a_command_that_only_the_servers_know_goes_where_its_keys_live() {
     let shards = (0..4).map(|_| Server::start(Flavour::Valkey9, Server::DURABLE)).collect();
     let fleet = Fleet::over(shards, 1, &[], &[]);
@@ -475,6 +500,23 @@ fn a_blocked_client_is_served_from_any_shard_in_the_order_of_arrival() {
     }
     assert_eq!(wire.call(&["EXISTS", "key0", &far]).integer(), 0);
     assert_eq!(wire.say("BRPOP key0 0.05"), Value::Null);
+}
+
+#[test]
+fn a_blocking_command_names_so_many_keys_and_no_more() {
+    let goflow = Goflow::start(&["--shard", "a=memory:", "--shard", "b=memory:"]);
+    let (mut wire, mut waiting) = (goflow.wire(), goflow.wire());
+    let keys: Vec<String> = (0..512).map(|number| format!("key{number}")).collect();
+    let twice: Vec<&str> = keys.iter().chain(&keys).map(String::as_str).collect();
+    let refused = wire.call(&[&["BLPOP", "one more"], &twice[..], &["0"]].concat());
+    assert_eq!(refused.text(), "TOOBIG BLPOP waits for at most 1024 keys, and this names 1025");
+    waiting.send(&[&["BLPOP"], &twice[..], &["0"]].concat());
+    wait_until_blocked(&mut wire, 1);
+    wire.say("LPUSH key511 x");
+    assert_eq!(waiting.read(), array(&["key511", "x"]));
+    // It has left every line, also where it would have stood twice.
+    wire.say("LPUSH key511 y");
+    assert_eq!(wire.say("LPOP key511").text(), "y");
 }
 
 #[test]
@@ -682,6 +724,27 @@ fn messages_reach_subscribers_on_every_proxy_once() {
     }
     assert_eq!(here.say("UNSUBSCRIBE").items()[2], Value::Integer(0));
     assert_eq!(here.say("GET key"), Value::Null);
+}
+
+#[test]
+fn what_shards_and_proxies_tell_each_other_is_not_for_clients() {
+    let farm = farm(1);
+    let (mut wire, mut shard) = (farm.goflow.wire(), farm.shards[0].wire());
+    let wake = Value::Bulk("goflow:wake".into());
+    eventually!("the proxy listens", shard.say("PUBSUB CHANNELS").items().contains(&wake).then_some(()));
+    assert_eq!(wire.say("PUBSUB CHANNELS"), array(&[]));
+    assert_eq!(wire.say("PUBSUB CHANNELS goflow:*"), array(&[]));
+    assert_eq!(wire.say("PUBSUB NUMSUB goflow:wake"), Value::Array(vec![wake, Value::Integer(0)]));
+    // Who subscribes to it hears nothing of it, by its name or by a pattern.
+    let mut listener = farm.goflow.wire();
+    for (place, line) in
+        ["SUBSCRIBE goflow:wake", "PSUBSCRIBE goflow:*", "PSUBSCRIBE *", "SUBSCRIBE news"].iter().enumerate()
+    {
+        assert_eq!(listener.say(line).items()[2], Value::Integer(place as i64 + 1));
+    }
+    assert!(shard.say("PUBLISH goflow:wake queue").integer() > 0);
+    wire.say("PUBLISH news hello");
+    assert_eq!([listener.read(), listener.read()].map(|told| told.items()[0].text()), ["message", "pmessage"]);
 }
 
 fn pushed(words: &[&str], count: i64) -> Vec<Value> {

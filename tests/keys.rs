@@ -38,6 +38,7 @@ const COMMANDS: &str = "
     HSTRLEN K M|HEXISTS K M|HDEL K M|HDEL K M M|HINCRBY K M I|HINCRBYFLOAT K M G|HRANDFIELD K|HRANDFIELD K 100
     HRANDFIELD K 100 WITHVALUES|HRANDFIELD K N {WITHVALUES,X}|HSCAN K 0 COUNT 1000|HSCAN K 0 MATCH {*,m*,[0-9]*,X}|HSCAN K X
     SADD K M|SADD K M M M|SREM K M|SREM K M M|SMEMBERS K|SISMEMBER K M|SMISMEMBER K M M|SCARD K|SPOP K 100|SPOP K 0|SPOP K V
+    SPOP K I X|SRANDMEMBER K I X|HRANDFIELD K I {WITHVALUES,X}|ZPOPMIN K I X|LPOP K I X
     SRANDMEMBER K|SRANDMEMBER K 100|SRANDMEMBER K -5|SMOVE K K M|SINTER K K|SUNION K K|SDIFF K K|SDIFF K K K
     SINTERSTORE K K K|SUNIONSTORE K K K|SDIFFSTORE K K K|SINTERCARD N K K|SINTERCARD 2 K K LIMIT I|SINTERCARD 2 K K X
     SSCAN K 0 COUNT 1000|SSCAN K 0 MATCH m? COUNT 100
@@ -52,21 +53,23 @@ const COMMANDS: &str = "
     ZREMRANGEBYLEX Z L L|ZPOPMIN K|ZPOPMAX K|ZPOPMIN K N|ZPOPMAX K N|ZMPOP N K K {MIN,MAX}|ZMPOP 2 K K {MIN,MAX,X} COUNT N
     ZUNION 2 K K|ZUNION 2 K K WITHSCORES|ZINTER 2 K K WITHSCORES|ZDIFF 2 K K WITHSCORES|ZUNION N K K
     ZUNION 2 K K WEIGHTS W W AGGREGATE {SUM,MIN,MAX,X} WITHSCORES|ZUNIONSTORE K 2 K K|ZINTERSTORE K 2 K K WEIGHTS W W
-    ZDIFFSTORE K 2 K K|ZDIFFSTORE K 2 K K WEIGHTS 1 2|ZINTERCARD 2 K K|ZINTERCARD 2 K K LIMIT 1|ZRANDMEMBER K 100
-    ZRANDMEMBER K 100 WITHSCORES|ZRANDMEMBER K|ZSCAN K 0 COUNT 1000|ZADD Z 0 M 0 M 0 V|SADD K 1 2 3
+    ZDIFFSTORE K 2 K K|ZDIFFSTORE K 2 K K WEIGHTS 1 2|ZINTERCARD 2 K K|ZINTERCARD 2 K K LIMIT I|ZINTERCARD N K K
+    ZINTERCARD 2 K K X|ZRANDMEMBER K 100|ZRANDMEMBER K 100 WITHSCORES|ZRANDMEMBER K|ZSCAN K 0 COUNT 1000|ZADD Z 0 M 0 M 0 V|SADD K 1 2 3
     DEL K|DEL K K|UNLINK K K|EXISTS K K K|TOUCH K K|TYPE K|EXPIRE K T|PEXPIRE K T|EXPIREAT K U|PEXPIREAT K P
     EXPIRE K 100 {NX,XX,X}|EXPIREAT K U {NX,XX,GT,LT}|EXPIRE K 100 {NX,GT} {XX,LT}|EXPIRE K {0,-7,x,1.0}|PEXPIREAT K I|TTL K|PTTL K
     EXPIRETIME K|PEXPIRETIME K|PERSIST K|RENAME K K|RENAMENX K K|SCAN 0 COUNT 1000|SCAN 0 COUNT 1000 TYPE {list,hash,zset}
     SCAN 0 MATCH {k*,*1} COUNT 1000|SCAN {X,1.5} COUNT 1|SCAN 0 COUNT 0|SCAN 0 {TYPE,X}|KEYS {*,k?,k[12],none}|DBSIZE|GET|NOSUCH a b|SET K
     XADD K 1-1 M V|XADD K Y M V|XADD K Y M|XADD K NOMKSTREAM Y M V|XADD K MAXLEN = N Y M V|XADD K MAXLEN N Y M V|XADD K MINID Y Y M V|XLEN K
     XRANGE K - +|XRANGE K Y Y|XRANGE K (Y +|XRANGE K - + COUNT N|XREVRANGE K + -|XREVRANGE K + - COUNT N|XREVRANGE K Y (Y
-    XDEL K Y|XDEL K Y Y|XTRIM K MAXLEN N|XTRIM K MAXLEN I|XTRIM K MINID Y|XREAD STREAMS K 0|XREAD COUNT N STREAMS K K 0 Y
+    XDEL K Y|XDEL K Y Y|XTRIM K MAXLEN N|XTRIM K MAXLEN I|XTRIM K MINID Y|XTRIM K {MAXLEN,MINID} N LIMIT I
+    XTRIM K MAXLEN ~ N LIMIT {x,-1}|XTRIM K {LIMIT,MAXLEN,X} N {MAXLEN,MINID} Y|XADD K {MAXLEN,MINID,LIMIT} N {MAXLEN,MINID} Y Y M V
+    XADD K Y M V M|XADD K NOMKSTREAM Y M|XADD K NOMKSTREAM {LIMIT,MAXLEN} N|XREAD STREAMS K 0|XREAD COUNT N STREAMS K K 0 Y
     XREAD STREAMS K K 0|XREAD STREAMS K $|XADD K X M V
 ";
 
 /// Those that wait in Redis are sent to it as it answers them inside a transaction.
 const BLOCKING: &str = "
-    BLPOP K T|BLPOP K K 0|BRPOP K F|BLMOVE K K {LEFT,RIGHT} {LEFT,RIGHT} T|BRPOPLPUSH K K 0|BLMPOP 0 2 K K LEFT COUNT 2
+    BLPOP K {1e400,1e-400,inf,-0.0001}|BLPOP K T|BLPOP K K 0|BRPOP K F|BLMOVE K K {LEFT,RIGHT} {LEFT,RIGHT} T|BRPOPLPUSH K K 0|BLMPOP 0 2 K K LEFT COUNT 2
     BLMPOP T N K K RIGHT|BZPOPMIN K K 0|BZPOPMAX K F|BZMPOP 0 2 K K MIN|BZMPOP T 2 K K MAX COUNT N|XREAD BLOCK 0 STREAMS K 0
 ";
 
@@ -118,15 +121,38 @@ fn word(template: &str, dice: &mut StdRng) -> Bytes {
             one_of(dice, &["0", "1", "-1", "1.5", "2.25", "1e3", "inf", "-inf", "+inf", "x", "nan", "0.1", "3", "1e17"])
         }
         "W" => one_of(dice, &["0", "1", "2", "0.5", "1e3", "inf", "x"]),
-        "G" => one_of(dice, &["0", "1", "-1", "1.5", "0.1", "-2.25", "x", ".5", "7", "3.0", " 1", ""]),
-        "S" => one_of(dice, &["-inf", "+inf", "0", "1", "(1", "(0", "2", "1.5", "(-inf", "(inf", "x", "-1", "100"]),
+        "G" => one_of(
+            dice,
+            &["0", "1", "-1", "1.5", "0.1", "-2.25", "x", ".5", "7", "3.0", " 1", "", "inf", "-inf", "nan"],
+        ),
+        "S" => one_of(
+            dice,
+            &[
+                "-inf", "+inf", "0", "1", "(1", "(0", "2", "1.5", "(-inf", "(inf", "x", "-1", "100", "", "(", " 1",
+                "( 1", " ", "1 ", "1e400", "(-1e400",
+            ],
+        ),
         "L" => one_of(dice, &["-", "+", "[m1", "(m1", "[m5", "(4", "[", "(", "x", "[z"]),
         "T" => one_of(dice, &["100000", "200000", "1000000", "0", "-1", "x", "9223372036854775807", "99999999999"]),
         "U" => one_of(dice, &["4102444800", "4102444801", "1", "-5", "x", "9223372036854775807"]),
         "P" => one_of(dice, &["4102444800000", "4102444800123", "1", "0", "x"]),
         "Y" => one_of(
             dice,
-            &["1-1", "1-2", "2", "2-*", "3-5", "5", "0-0", "0-1", "x", "7-*", "9-1", "18446744073709551615-1"],
+            &[
+                "1-1",
+                "1-2",
+                "2",
+                "2-*",
+                "3-5",
+                "5",
+                "0-0",
+                "0-1",
+                "x",
+                "7-*",
+                "9-1",
+                "18446744073709551615-1",
+                "18446744073709551615-18446744073709551615",
+            ],
         ),
         "(Y" => format!("({}", one_of(dice, &["1-1", "1-2", "2", "3-5", "0-0", "x"])),
         choices if choices.starts_with('{') => {
@@ -260,6 +286,7 @@ fn are_alike(request: &[Bytes], protocol: Protocol, ours: &[u8], theirs: &[u8]) 
             (Some(ours), Some(theirs)) if ours > 0 => (ours - theirs).abs() <= within,
             _ => ours == theirs,
         },
+        Compared::Lines if theirs.starts_with(b"-") => ours == theirs,
         Compared::Lines => {
             let lines = |reply: &[u8]| reply.iter().filter(|byte| **byte == b'\n').count();
             lines(ours) == lines(theirs) || ours.contains(&0)

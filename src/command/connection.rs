@@ -342,7 +342,7 @@ OK",
                 categories, tips, key specifications, subcommands.",
         examples: "\
 > COMMAND
- 1) ...
+  1) ...
 ...",
         plan: describe::all,
         ..COMMAND
@@ -362,6 +362,8 @@ OK",
         args: NAMES,
         summary: "Describes some commands.",
         reply: "An array with the entry of each, or null for one that is not known.",
+        notes: "Of Redis's own commands an entry holds what the proxy routes by: name, arity, places of the keys, and of the \
+                flags `blocking`, `pubsub` and `movablekeys`.",
         examples: "\
 > COMMAND INFO no-such-command
 1) (nil)",
@@ -402,7 +404,7 @@ OK",
     Spec {
         name: "COMMAND|GETKEYS",
         args: &[Arg::new("command", Kind::Text), Arg::new("argument", Kind::Text).many()],
-        summary: "Shows the names of the queues in a request.",
+        summary: "Shows the names of the queues, or the keys, in a request.",
         reply: "An array of names.",
         examples: "\
 > COMMAND GETKEYS GOFLOW.DEQUEUE main other COUNT 2

@@ -1,12 +1,13 @@
 //! What `COMMAND` and `ACL CAT` say about the rows, in the shapes of Redis 7.
 //!
 //! `redis-cli` builds its hints from `COMMAND DOCS`, cluster and proxy clients find keys by `COMMAND` and `COMMAND
-//! GETKEYS`. Nothing here knows a command by name: all of it is read from the rows.
+//! GETKEYS`. Nothing here knows a command by name: all of it is read from the rows. Of Redis's own commands these hold what
+//! routing needs, so their entries say neither what they do to a key nor a category, and they have no documentation.
 
 use bytes::Bytes;
 
 use super::args::{Arg, Args, Kind, syntax_error};
-use super::{Context, Flag, Group, Plan, Row, find, help, lookup, rows};
+use super::{Context, Flag, Group, Plan, Row, find, help, lookup, ordinary, rows};
 use crate::error::{Error, Result};
 use crate::resp::glob;
 use crate::resp::reply::Reply;
@@ -24,9 +25,21 @@ fn names<'a>(rows: impl Iterator<Item = &'a Row>) -> Reply {
     Reply::Array(rows.map(|row| Reply::bulk(&row.lower)).collect())
 }
 
+/// All names that the pattern matches, subcommands among them.
+fn names_like(pattern: &[u8]) -> Reply {
+    let ours = rows().iter().map(|row| row.lower.clone());
+    let all = ours.chain(ordinary_commands().map(|row| row.name.to_ascii_lowercase()));
+    Reply::Array(all.filter(|name| glob::matches(pattern, name.as_bytes())).map(Reply::bulk).collect())
+}
+
 /// The rows that are not subcommands.
 fn commands() -> impl Iterator<Item = &'static Row> {
     rows().iter().filter(|row| row.name_words == 1)
+}
+
+/// Redis's own commands that have no row of ours.
+fn ordinary_commands() -> impl Iterator<Item = &'static ordinary::Row> {
+    ordinary::ROWS.iter().filter(|row| lookup(row.name.as_bytes()).is_none())
 }
 
 fn subcommands(row: &Row) -> impl Iterator<Item = &'static Row> {
@@ -98,6 +111,28 @@ fn entry(row: &Row) -> Reply {
         Reply::Set(keys.iter().map(|keys| key_specification(row, keys)).collect()),
         Reply::Array(subcommands(row).map(entry).collect()),
     ])
+}
+
+/// The same of one of Redis's own commands.
+fn ordinary_entry(row: &ordinary::Row) -> Reply {
+    let (first, last, step, movable) = match row.keys {
+        ordinary::Keys::None => (0, 0, 0, false),
+        ordinary::Keys::Range { first, last, step } => (first as i64, last as i64, step as i64, false),
+        ordinary::Keys::Numbered { stored: true, .. } | ordinary::Keys::Sort => (1, 1, 1, true),
+        ordinary::Keys::Numbered { .. } | ordinary::Keys::Streams => (0, 0, 0, true),
+    };
+    let mut flags = match row.how {
+        ordinary::How::Block(_) => vec!["blocking"],
+        ordinary::How::Channel(_) => vec!["pubsub"],
+        _ => Vec::new(),
+    };
+    if movable {
+        flags.push("movablekeys");
+    }
+    let mut fields = vec![Reply::bulk(row.name.to_ascii_lowercase()), Reply::Integer(row.arity.into()), set(flags)];
+    fields.extend([first, last, step].map(Reply::Integer));
+    fields.extend([set(Vec::new()), set(Vec::new()), set(Vec::new()), Reply::Array(Vec::new())]);
+    Reply::Array(fields)
 }
 
 fn key_specification(row: &Row, keys: &Keys) -> Reply {
@@ -196,11 +231,12 @@ pub fn all(args: &Args, context: &Context) -> Result<Plan> {
 }
 
 pub fn count(_: &Args, _: &Context) -> Result<Plan> {
-    Ok(Plan::Now(Reply::count(commands().count() as u64)))
+    Ok(Plan::Now(Reply::count((commands().count() + ordinary_commands().count()) as u64)))
 }
 
 pub fn info(args: &Args, _: &Context) -> Result<Plan> {
-    let entry_of = |name: &Bytes| lookup(name).map_or(Reply::NullArray, entry);
+    let ordinary_of = |name: &Bytes| ordinary::find(name).map_or(Reply::NullArray, ordinary_entry);
+    let entry_of = |name: &Bytes| lookup(name).map_or_else(|| ordinary_of(name), entry);
     match args.words("command-name") {
         [] => Ok(Plan::Now(entries())),
         names => Ok(Plan::Now(Reply::Array(names.iter().map(entry_of).collect()))),
@@ -208,7 +244,7 @@ pub fn info(args: &Args, _: &Context) -> Result<Plan> {
 }
 
 fn entries() -> Reply {
-    Reply::Array(commands().map(entry).collect())
+    Reply::Array(commands().map(entry).chain(ordinary_commands().map(ordinary_entry)).collect())
 }
 
 pub fn docs(args: &Args, _: &Context) -> Result<Plan> {
@@ -221,12 +257,11 @@ pub fn docs(args: &Args, _: &Context) -> Result<Plan> {
 }
 
 pub fn list(args: &Args, _: &Context) -> Result<Plan> {
-    let [kind, value] = args.words("FILTERBY") else { return Ok(Plan::Now(names(rows().iter()))) };
-    let all = rows().iter();
+    let [kind, value] = args.words("FILTERBY") else { return Ok(Plan::Now(names_like(b"*"))) };
     Ok(Plan::Now(match &kind.to_ascii_uppercase()[..] {
         b"MODULE" => Reply::Array(Vec::new()),
-        b"ACLCAT" => names(all.filter(|row| is_in(row, value))),
-        b"PATTERN" => names(all.filter(|row| glob::matches(&value.to_ascii_lowercase(), row.lower.as_bytes()))),
+        b"ACLCAT" => names(rows().iter().filter(|row| is_in(row, value))),
+        b"PATTERN" => names_like(&value.to_ascii_lowercase()),
         _ => return Err(syntax_error()),
     }))
 }
@@ -234,12 +269,23 @@ pub fn list(args: &Args, _: &Context) -> Result<Plan> {
 /// `COMMAND GETKEYS`, with Redis's errors.
 pub fn keys(args: &Args, _: &Context) -> Result<Plan> {
     let request: Vec<Bytes> = args.words("command").iter().chain(args.words("argument")).cloned().collect();
+    let no_keys = || Error::bad("The command has no key arguments");
+    let wrong_arity = || Error::bad("Invalid number of arguments specified for command");
+    if let Some(row) = request.first().filter(|name| lookup(name).is_none()).and_then(|name| ordinary::find(name)) {
+        return match row.keys {
+            ordinary::Keys::None => Err(no_keys()),
+            _ if !row.has_arity(request.len()) => Err(wrong_arity()),
+            keys => {
+                let names = keys.places(&request).into_iter().filter_map(|at| request.get(at).cloned());
+                Ok(Plan::Now(Reply::Array(names.map(Reply::Bulk).collect())))
+            }
+        };
+    }
     let row = find(&request).map_err(|_| Error::bad("Invalid command specified"))?;
     if keys_of(row).is_none() {
-        return Err(Error::bad("The command has no key arguments"));
+        return Err(no_keys());
     }
-    let args =
-        Args::parse(row, &request).map_err(|_| Error::bad("Invalid number of arguments specified for command"))?;
+    let args = Args::parse(row, &request).map_err(|_| wrong_arity())?;
     Ok(Plan::Now(Reply::Array(args.keys().into_iter().map(Reply::Bulk).collect())))
 }
 
@@ -284,6 +330,25 @@ mod tests {
     }
 
     #[test]
+    fn redis_s_own_commands_have_entries_of_what_routing_knows() {
+        let rest = "*0 *0 *0 *0 ";
+        for (name, expected) in [
+            ("get", "*10 $3 get :2 *0 :1 :1 :1 "),
+            ("BLPOP", "*10 $5 blpop :-3 *1 +blocking :1 :-2 :1 "),
+            ("mset", "*10 $4 mset :-3 *0 :1 :-1 :2 "),
+            ("eval", "*10 $4 eval :-3 *1 +movablekeys :0 :0 :0 "),
+            ("zunionstore", "*10 $11 zunionstore :-4 *1 +movablekeys :1 :1 :1 "),
+            ("subscribe", "*10 $9 subscribe :-2 *1 +pubsub :0 :0 :0 "),
+        ] {
+            assert_eq!(wire(&format!("COMMAND INFO {name}"), Protocol::Resp2), format!("*1 {expected}{rest}"));
+        }
+        // One that has a row of ours is told by it, and once.
+        assert!(wire("COMMAND INFO flushall", Protocol::Resp2).contains("+@dangerous"));
+        assert_eq!(wire("COMMAND", Protocol::Resp2).matches("$8 flushall ").count(), 1);
+        assert_eq!(wire("COMMAND LIST FILTERBY PATTERN LPUSH*", Protocol::Resp2), "*2 $5 lpush $6 lpushx ");
+    }
+
+    #[test]
     fn a_document_is_a_map_or_a_flat_list_and_says_the_arguments() {
         let docs = |protocol| wire("COMMAND DOCS GOFLOW.RELEASE", protocol);
         let arguments = |map: &str, set: &str, all: [u8; 3]| {
@@ -305,11 +370,16 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_the_queues_of_a_request() {
+    fn keys_are_the_queues_of_a_request_or_its_keys() {
+        assert_eq!(wire("COMMAND GETKEYS MSET a 1", Protocol::Resp2), "*1 $1 a ");
+        assert_eq!(wire("COMMAND GETKEYS zunionstore d 2 a b", Protocol::Resp2), "*3 $1 d $1 a $1 b ");
+        assert_eq!(wire("COMMAND GETKEYS eval x 0", Protocol::Resp2), "*0 ");
         assert_eq!(wire("COMMAND GETKEYS goflow.dequeue a b BLOCK 5", Protocol::Resp2), "*2 $1 a $1 b ");
         assert_eq!(wire("COMMAND GETKEYS goflow.dlq retry a 5", Protocol::Resp2), "*1 $1 a ");
         for (line, error) in [
             ("COMMAND GETKEYS ping a", "The command has no key arguments"),
+            ("COMMAND GETKEYS exec x", "The command has no key arguments"),
+            ("COMMAND GETKEYS set a", "Invalid number of arguments specified for command"),
             ("COMMAND GETKEYS foo a", "Invalid command specified"),
             ("COMMAND GETKEYS goflow.enqueue a", "Invalid number of arguments specified for command"),
             ("COMMAND GETKEYS get", "wrong number of arguments for 'command|getkeys' command"),
@@ -328,7 +398,8 @@ mod tests {
         assert_eq!(wire("COMMAND LIST FILTERBY MODULE x", Protocol::Resp2), "*0 ");
         assert!(wire("ACL CAT", Protocol::Resp2).contains("$6 goflow "));
         let Plan::Now(Reply::Array(all)) = planned("COMMAND LIST") else { panic!() };
-        assert_eq!(all.len(), rows().len());
-        assert_eq!(wire("COMMAND COUNT", Protocol::Resp2), format!(":{} ", commands().count()));
+        assert_eq!(all.len(), rows().len() + ordinary_commands().count());
+        let Plan::Now(Reply::Array(entries)) = planned("COMMAND") else { panic!() };
+        assert_eq!(wire("COMMAND COUNT", Protocol::Resp2), format!(":{} ", entries.len()));
     }
 }

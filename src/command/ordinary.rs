@@ -55,6 +55,32 @@ pub enum Wait {
     Option,
 }
 
+impl Wait {
+    /// The word of a request that says how long.
+    pub fn word(self, words: &[Bytes]) -> Option<&Bytes> {
+        match self {
+            Wait::SecondsFirst => words.get(1),
+            Wait::SecondsLast => words.last(),
+            Wait::Option => words.get(StreamOptions::of(words)?.block?),
+        }
+    }
+
+    /// What is wrong with that word, in Redis's words.
+    fn fault(self, words: &[Bytes]) -> Option<Error> {
+        let text = std::str::from_utf8(self.word(words)?).unwrap_or_default();
+        let (ms, kind) = match self {
+            Wait::Option => (text.parse::<i64>().ok().map(|ms| ms as f64), "an integer"),
+            _ => (text.parse::<f64>().ok().map(|seconds| seconds * 1_000.0), "a float"),
+        };
+        match ms.filter(|ms| !ms.is_nan()) {
+            None => Some(Error::bad(format!("timeout is not {kind} or out of range"))),
+            // Redis says the same of what has no place in its milliseconds.
+            Some(ms) if ms < 0.0 || ms >= i64::MAX as f64 => Some(Error::bad("timeout is negative")),
+            Some(_) => None,
+        }
+    }
+}
+
 /// The commands of a transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -399,6 +425,31 @@ impl Row {
     pub fn wrong_arity(&self) -> Error {
         Error::bad(format!("wrong number of arguments for '{}' command", self.name.to_ascii_lowercase()))
     }
+
+    /// What is wrong with a request beside its arity, as far as it is cheap to see, in Redis's words. For several shards:
+    /// where a word is missing another is taken for a key, and that the keys do not live together is then no news.
+    pub fn fault(&self, words: &[Bytes]) -> Option<Error> {
+        let is_one_of = |at: usize, ends: [&str; 2]| {
+            words.get(at).is_some_and(|word| ends.iter().any(|end| word.eq_ignore_ascii_case(end.as_bytes())))
+        };
+        const ENDS: [&str; 2] = ["LEFT", "RIGHT"];
+        let is_understood = match self.name {
+            "MSETNX" if words.len().is_multiple_of(2) => return Some(self.wrong_arity()),
+            "LMOVE" | "BLMOVE" => is_one_of(3, ENDS) && is_one_of(4, ENDS),
+            "LMPOP" | "BLMPOP" | "ZMPOP" | "BZMPOP" => {
+                let ends = if self.name.contains('Z') { ["MIN", "MAX"] } else { ENDS };
+                self.keys.places(words).last().is_none_or(|last| is_one_of(last + 1, ends))
+            }
+            _ => true,
+        };
+        if !is_understood {
+            return Some(Error::bad("syntax error"));
+        }
+        match self.how {
+            How::Block(wait) => wait.fault(words),
+            _ => None,
+        }
+    }
 }
 
 impl Keys {
@@ -498,6 +549,34 @@ mod tests {
             assert_eq!(find(row.name.to_ascii_lowercase().as_bytes()).unwrap().name, row.name);
         }
         assert!(find(b"nosuch").is_none() && find(b"").is_none());
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_request_is_said_in_redis_words() {
+        for (line, expected) in [
+            ("blpop a 0.05 x", "timeout is not a float or out of range"),
+            ("blpop a b nan", "timeout is not a float or out of range"),
+            ("bzpopmin a b -1", "timeout is negative"),
+            ("brpop a b 1e400", "timeout is negative"),
+            ("brpop a b 1.5", ""),
+            ("zmpop 2 a MIN", "syntax error"),
+            ("zmpop 2 a b LEFT", "syntax error"),
+            ("zmpop 2 a b max COUNT 2", ""),
+            ("zmpop x a b MIN", ""),
+            ("blmpop x 2 a LEFT", "syntax error"),
+            ("blmpop x 2 a b LEFT", "timeout is not a float or out of range"),
+            ("lmove a b UP LEFT", "syntax error"),
+            ("blmove a b LEFT right x", "timeout is not a float or out of range"),
+            ("msetnx a 1 b", "wrong number of arguments for 'msetnx' command"),
+            ("msetnx a 1 b 2", ""),
+            ("xread BLOCK x STREAMS a b 0 0", "timeout is not an integer or out of range"),
+            ("xread BLOCK -1 STREAMS a b 0 0", "timeout is negative"),
+            ("xread STREAMS a b 0 0", ""),
+        ] {
+            let words: Vec<Bytes> = line.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect();
+            let fault = find(&words[0]).unwrap().fault(&words);
+            assert_eq!(fault.map_or_else(String::new, |fault| fault.text.into_owned()), expected, "{line}");
+        }
     }
 
     #[test]

@@ -192,7 +192,7 @@ pub fn start(
         "LPUSH" | "RPUSH" => push(words, limits, dispatcher, asker),
         "LLEN" => len(words, dispatcher, asker),
         "LPOP" | "RPOP" | "BLPOP" | "BRPOP" | "LMPOP" | "BLMPOP" => {
-            unacked.room().and_then(|()| pop(rule, row.name, words, limits, dispatcher, asker))
+            unacked.room().and_then(|()| pop(rule, row, words, limits, dispatcher, asker))
         }
         "LMOVE" | "RPOPLPUSH" | "BLMOVE" | "BRPOPLPUSH" => {
             shift(rule, row.name, words, limits.policy.clone(), dispatcher, asker)
@@ -329,7 +329,7 @@ fn end(words: &[Bytes], at: usize) -> Result<()> {
 
 fn pop(
     rule: &Rule,
-    name: &str,
+    row: &Row,
     words: &[Bytes],
     limits: &Limits,
     dispatcher: &Arc<Dispatcher>,
@@ -339,6 +339,7 @@ fn pop(
         let number = text(words, at).and_then(|text| text.parse::<usize>().ok()).filter(|number| *number > 0);
         number.ok_or_else(|| Error::bad(format!("{what} should be greater than 0")))
     };
+    let name = row.name;
     let many = name.ends_with("MPOP");
     let numkeys_at = if name == "BLMPOP" { 2 } else { 1 };
     let keys = match name {
@@ -346,6 +347,10 @@ fn pop(
         "BLPOP" | "BRPOP" => 1..words.len() - 1,
         _ => numkeys_at + 1..numkeys_at + 1 + number(numkeys_at, "numkeys")?.min(words.len()),
     };
+    if keys.len() > job::DEQUEUE_QUEUES_MAX {
+        let text = format!("{name} names at most {} durable lists", job::DEQUEUE_QUEUES_MAX);
+        return Err(Error::new(Code::TooBig, text));
+    }
     let count_at = match many {
         false => (!name.starts_with('B')).then_some(2),
         true => {
@@ -357,11 +362,16 @@ fn pop(
             }
         }
     };
+    if count_at == Some(2) && !many && words.len() > 3 {
+        return Err(row.wrong_arity());
+    }
     let count = match count_at.filter(|at| *at < words.len()) {
-        Some(at) if !many && words.get(at).is_some_and(|word| word.as_ref() == b"0") => {
-            return Ok(Answer::reply(Reply::NullArray));
-        }
-        Some(at) => Some(number(at, "count")?),
+        Some(at) if many => Some(number(at, "count")?),
+        Some(at) => match text(words, at).and_then(|text| text.parse::<usize>().ok()) {
+            Some(0) => return Ok(Answer::reply(Reply::NullArray)),
+            Some(count) => Some(count),
+            None => return Err(Error::bad("value is out of range, must be positive")),
+        },
         None => many.then_some(1),
     };
     if count.is_some_and(|count| count > limits.batch_jobs_max) {

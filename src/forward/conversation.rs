@@ -287,7 +287,8 @@ impl Conversation {
             _ => return Err(Error::new(Code::CrossShard, format!("{} in a transaction asks every shard", row.name))),
         }
         let has_keys = !row.keys.places(words).is_empty();
-        self.ways.shard_of(row.keys, words).map(|shard| has_keys.then_some(shard))
+        let shard = self.ways.shard_of(row.keys, words);
+        shard.map(|shard| has_keys.then_some(shard)).map_err(|error| row.fault(words).unwrap_or(error))
     }
 
     fn execute(&mut self, queue: Queue, protocol: Protocol) -> Started {
@@ -743,7 +744,11 @@ async fn channels(ways: &Ways, kind: Kind, words: &[Bytes], protocol: Protocol) 
     for reply in sent {
         match reply.await {
             Ok(reply) if cut::is_error(&reply) => return Reply::Raw(reply),
-            Ok(reply) => names.extend(cut::items(&reply).unwrap_or_default().iter().filter_map(cut::text)),
+            // What shards tell each other is not for clients.
+            Ok(reply) => {
+                let told = cut::items(&reply).unwrap_or_default();
+                names.extend(told.iter().filter_map(cut::text).filter(|name| !is_own(name)));
+            }
             Err(error) => return error.into(),
         }
     }
@@ -755,7 +760,7 @@ async fn numsub(ways: &Ways, kind: Kind, words: &[Bytes], protocol: Protocol) ->
     for channel in words.iter().skip(2) {
         let home = ways.home(channel);
         let (clients, subscriptions) = ways.shared.hub.listeners(kind, channel);
-        let count = if ways.is_local(home) {
+        let count = if ways.is_local(home) || is_own(channel) {
             clients
         } else {
             let ask = vec![words[0].clone(), words[1].clone(), channel.clone()];

@@ -210,7 +210,10 @@ impl Hub {
         if kind == Kind::Shard {
             return count;
         }
-        for pattern in topics[Kind::Pattern as usize].keys().filter(|pattern| glob::matches(pattern, channel)) {
+        // What the process tells of jobs is for those who ask for just that, whoever else has it fed.
+        let is_meant = |pattern: &&Bytes| is_own(pattern) || !is_own(channel);
+        let patterns = topics[Kind::Pattern as usize].keys().filter(is_meant);
+        for pattern in patterns.filter(|pattern| glob::matches(pattern, channel)) {
             count += deliver(&topics[Kind::Pattern as usize], Kind::Pattern, pattern, channel, payload);
         }
         count
@@ -389,6 +392,18 @@ mod tests {
         let mut home = None;
         hub.leave(Kind::Shard, &name, Kind::Shard as u64, |at| home = at);
         assert_eq!((home, hub.names(Kind::Shard)), (Some(7), Vec::new()));
+    }
+
+    #[test]
+    fn a_pattern_for_everything_hears_nothing_of_jobs() {
+        let hub = Hub::new();
+        let inbox = Inbox::new(1, Protocol::Resp2, Box::new(|| ()));
+        for pattern in ["*", "g*", "goflow?events:*", "goflow:events:*"].map(Bytes::from) {
+            hub.announce(Kind::Pattern, &pattern, None, || ());
+            hub.listen(Kind::Pattern, &pattern, &inbox);
+        }
+        assert_eq!(hub.publish(Kind::Channel, &Bytes::from_static(b"goflow:events:q"), b"x"), 1);
+        assert_eq!(hub.publish(Kind::Channel, &Bytes::from_static(b"good"), b"x"), 2);
     }
 
     #[test]

@@ -17,7 +17,7 @@
 //! that went away in that very moment is pushed back at the end that it came from ([`GiveBack`]), which the end of the
 //! process waits for. Who is not polled, because it does not read what was answered before, does not stand in line yet.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
@@ -33,7 +33,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::hub::Hub;
 use super::{Forwarded, Request, Started, Ways, check_key, put_request};
 use crate::command::ordinary::{Row, StreamOptions, Wait};
-use crate::error::{Error, Happened, Result};
+use crate::error::{Code, Error, Happened, Result};
 use crate::resp::cut;
 use crate::resp::reply::{Protocol, Reply};
 use crate::shard::redis::link::{Heard, Link};
@@ -45,6 +45,8 @@ const POLL_EVERY: Duration = Duration::from_secs(5);
 const POLL_BLIND: Duration = Duration::from_millis(500);
 /// A wait without an end, in practice.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+/// Most keys that one blocking command names: each is armed by a round trip, and looked at whenever one of them changes.
+const KEYS_MAX: usize = 1_024;
 /// How long, and how often, it is tried to push back what a shard does not take; less than the time to drain.
 const GIVE_BACK_FOR: Duration = Duration::from_secs(20);
 const GIVE_BACK_EVERY: Duration = Duration::from_millis(100);
@@ -192,9 +194,10 @@ struct Standing {
 impl Standing {
     fn join(keys: Vec<(Arc<Park>, Bytes)>) -> Standing {
         let bell = Arc::new(Notify::new());
-        for (place, (park, key)) in keys.iter().enumerate() {
+        let mut known = HashSet::with_hasher(RandomState::default());
+        for (park, key) in &keys {
             // A key that is named twice has one place in line.
-            if keys[..place].iter().all(|(_, earlier)| earlier != key) {
+            if known.insert(key) {
                 lock(&park.spots).entry(key.clone()).or_default().line.push_back(bell.clone());
             }
         }
@@ -269,6 +272,11 @@ pub fn start(ways: &Arc<Ways>, wait: Wait, request: Request<'_>) -> Started {
     if !row.has_arity(words.len()) {
         return row.wrong_arity().into();
     }
+    if ways.shards() > 1
+        && let Some(fault) = row.fault(words)
+    {
+        return fault.into();
+    }
     let limit = match how_long(wait, words) {
         // It does not wait, or the server must say what is wrong with it.
         None => {
@@ -293,12 +301,7 @@ pub fn start(ways: &Arc<Ways>, wait: Wait, request: Request<'_>) -> Started {
 
 /// `None`: the request does not wait, or its timeout makes no sense.
 fn how_long(wait: Wait, words: &[Bytes]) -> Option<Duration> {
-    let word = match wait {
-        Wait::SecondsFirst => words.get(1),
-        Wait::SecondsLast => words.last(),
-        Wait::Option => words.get(StreamOptions::of(words)?.block?),
-    };
-    let text = std::str::from_utf8(word?).ok()?;
+    let text = std::str::from_utf8(wait.word(words)?).ok()?;
     let limit = match wait {
         Wait::Option => Duration::from_millis(text.parse().ok()?),
         _ => Duration::try_from_secs_f64(text.parse().ok()?).ok()?,
@@ -317,7 +320,13 @@ impl Waiter {
         };
         let mut waiter = Waiter { ways: ways.clone(), row, protocol, words: words.to_vec(), kind, keys: Vec::new() };
         waiter.keys = waiter.homes(ways)?;
-        Ok(waiter)
+        match waiter.keys.len() {
+            0..=KEYS_MAX => Ok(waiter),
+            count => {
+                let text = format!("{} waits for at most {KEYS_MAX} keys, and this names {count}", row.name);
+                Err(Error::new(Code::TooBig, text))
+            }
+        }
     }
 
     /// The keys, where they live by a shard map.
@@ -430,7 +439,8 @@ impl Waiter {
         let (mut polled, mut woken) = (false, true);
         loop {
             let open: Vec<usize> = places.clone().filter(|at| restless(*at) || (polled && at_front(*at))).collect();
-            if woken && let Some(found) = self.attempt(|at| open.contains(&at)).await {
+            let is_open = |at: usize| open.binary_search(&at).is_ok();
+            if woken && let Some(found) = self.attempt(is_open).await {
                 return Some(found);
             }
             let mut heard = true;
@@ -438,7 +448,7 @@ impl Waiter {
                 let (park, key) = &standing.places[*at];
                 heard &= park.arm(key).await;
             }
-            if let Some(found) = self.attempt(|at| open.contains(&at)).await {
+            if let Some(found) = self.attempt(is_open).await {
                 return Some(found);
             }
             let still = open.iter().filter(|at| !standing.settle(**at)).count() == 0;

@@ -41,7 +41,7 @@ pub fn start(ways: &Arc<Ways>, request: Request<'_>) -> Started {
 fn pass(ways: &Arc<Ways>, request: Request<'_>) -> Started {
     match ways.shard_of(request.row.keys, request.words) {
         Ok(shard) => Started::Forward(ways.forward(shard, request)),
-        Err(error) => error.into(),
+        Err(error) => request.row.fault(request.words).unwrap_or(error).into(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::number::{parse_f64, parse_i64};
+use super::number::{parse_f64, parse_i64, parse_wide_f64};
 use super::{Checked, Fault, NOT_AN_INTEGER, SYNTAX};
 
 /// What is left to read of a request. Copied freely: a copy reads on from the same place.
@@ -98,9 +98,9 @@ impl<'a> Args<'a> {
 
     /// How long a blocking command would wait. Checked here and waited for by who sent it.
     pub fn check_timeout(word: &[u8]) -> Checked<()> {
-        let seconds = parse_f64(word).ok_or(Fault::from("ERR timeout is not a float or out of range"))?;
+        let seconds = parse_wide_f64(word).ok_or(Fault::from("ERR timeout is not a float or out of range"))?;
+        let ms = (seconds * 1_000.0).ceil();
         // Redis says the same of what has no place in its milliseconds.
-        let is_too_long = seconds * 1_000.0 >= i64::MAX as f64;
-        if seconds < 0.0 || is_too_long { Err("ERR timeout is negative".into()) } else { Ok(()) }
+        if ms < 0.0 || ms >= i64::MAX as f64 { Err("ERR timeout is negative".into()) } else { Ok(()) }
     }
 }

@@ -6,7 +6,7 @@ use super::args::Args;
 use super::generic::{Page, scan_page};
 use super::number::{add_floats, parse_f64, parse_i64};
 use super::rows::{ElementRows, Rows};
-use super::set::{pick_places, sample_count};
+use super::set::{pick_places, sample_count_with};
 use super::string::{NOT_A_FLOAT, OVERFLOW};
 use super::{Answer, Command, Database, Fault, Map, check_name, command, owned};
 use crate::resp::reply::Reply;
@@ -185,8 +185,10 @@ fn incrby(database: &mut Database, mut args: Args<'_>) -> Answer {
 fn incrbyfloat(database: &mut Database, mut args: Args<'_>) -> Answer {
     let (key, field, by) = (args.next()?, args.next()?, args.next()?);
     check_name(field)?;
-    if parse_f64(by).is_none() {
-        return Err(NOT_A_FLOAT.into());
+    match parse_f64(by) {
+        None => return Err(NOT_A_FLOAT.into()),
+        Some(by) if by.is_infinite() => return Err("ERR value is NaN or Infinity".into()),
+        Some(_) => {}
     }
     let old = database.read::<Hash>(key)?.and_then(|hash| hash.fields.get(field)).cloned();
     let old = old.unwrap_or(Bytes::from_static(b"0"));
@@ -203,9 +205,7 @@ fn incrbyfloat(database: &mut Database, mut args: Args<'_>) -> Answer {
 
 fn randfield(database: &mut Database, mut args: Args<'_>) -> Answer {
     let key = args.next()?;
-    let count = sample_count(&mut args)?;
-    let with_values = args.accept("withvalues");
-    args.end()?;
+    let (count, with_values) = sample_count_with(&mut args, "withvalues")?;
     let (is_resp3, mut dice) = (database.is_resp3(), database.dice());
     let picked: Option<Vec<(Bytes, Bytes)>> = database.read::<Hash>(key)?.map(|hash| {
         let places = pick_places(&mut dice, hash.len(), count.unwrap_or(1));

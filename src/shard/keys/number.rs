@@ -20,13 +20,18 @@ pub(super) fn parse_u64(text: &[u8]) -> Option<u64> {
 
 /// A double as C reads it, without its hexadecimal form. Not a number is none, and nor is one too large or too small.
 pub(super) fn parse_f64(text: &[u8]) -> Option<f64> {
+    let number = parse_wide_f64(text)?;
     let text = std::str::from_utf8(text).ok()?;
-    let number: f64 = text.parse().ok()?;
     let is_infinity = text.trim_start_matches(['+', '-']).starts_with(['i', 'I']);
     let mantissa = text.split(['e', 'E']).next().unwrap_or_default();
     let is_underflow = number == 0.0 && mantissa.bytes().any(|byte| matches!(byte, b'1'..=b'9'));
     let is_overflow = number.is_infinite() && !is_infinity;
-    (!number.is_nan() && !is_underflow && !is_overflow).then_some(number)
+    (!is_underflow && !is_overflow).then_some(number)
+}
+
+/// The same for what Redis reads as a longer double or without a look at its size: too large is infinite, too small is 0.
+pub(super) fn parse_wide_f64(text: &[u8]) -> Option<f64> {
+    std::str::from_utf8(text).ok()?.parse().ok().filter(|number: &f64| !number.is_nan())
 }
 
 /// How many decimal places a sum of floats keeps.

@@ -90,17 +90,33 @@ impl Set {
     }
 }
 
+/// Redis counts the words before it reads the number.
+pub(super) fn no_more_than_a_count(args: &Args<'_>) -> Checked<()> {
+    if args.len() > 1 { Err(super::SYNTAX.into()) } else { Ok(()) }
+}
+
 /// Reads how many random elements are wanted: `None` when it is not said, negative when one may come twice.
 pub(super) fn sample_count(args: &mut Args<'_>) -> Checked<Option<i64>> {
-    const LIMIT: i64 = i64::MAX / 2;
     if args.is_empty() {
         return Ok(None);
     }
     let count = args.integer()?;
-    if !(-LIMIT..=LIMIT).contains(&count) {
-        return Err("ERR value is out of range".into());
+    if count == i64::MIN {
+        let (least, most) = (-i64::MAX, i64::MAX);
+        return Err(format!("ERR value is out of range, value must between {least} and {most}").into());
     }
     Ok(Some(count))
+}
+
+/// The same, and whether what belongs to each is wanted as well, which makes twice as many.
+pub(super) fn sample_count_with(args: &mut Args<'_>, keyword: &str) -> Checked<(Option<i64>, bool)> {
+    let count = sample_count(args)?;
+    let is_with = args.accept(keyword);
+    args.end()?;
+    if is_with && count.is_some_and(|count| count.checked_mul(2).is_none()) {
+        return Err("ERR value is out of range".into());
+    }
+    Ok((count, is_with))
 }
 
 /// The places of random elements among `len`: each at most once, or with a negative count so many of any.
@@ -167,11 +183,11 @@ fn card(database: &mut Database, mut args: Args<'_>) -> Answer {
 
 fn pop(database: &mut Database, mut args: Args<'_>) -> Answer {
     let key = args.next()?;
+    no_more_than_a_count(&args)?;
     let count = match args.is_empty() {
         true => None,
         false => Some(args.at_least(0, "ERR value is out of range, must be positive")?),
     };
-    args.end()?;
     let mut dice = database.dice();
     let Some((set, rows)) = database.write::<Set>(key)? else {
         return Ok(if count.is_some() { set_reply([]) } else { Reply::Null });
@@ -196,8 +212,8 @@ fn pop(database: &mut Database, mut args: Args<'_>) -> Answer {
 
 fn random_member(database: &mut Database, mut args: Args<'_>) -> Answer {
     let key = args.next()?;
+    no_more_than_a_count(&args)?;
     let count = sample_count(&mut args)?;
-    args.end()?;
     let mut dice = database.dice();
     let set = database.read::<Set>(key)?;
     let places = pick_places(&mut dice, set.map_or(0, Set::len), count.unwrap_or(1));
@@ -284,13 +300,8 @@ fn combine(database: &mut Database, mut args: Args<'_>, how: How, stores: bool) 
     Ok(Reply::count(members.len() as u64))
 }
 
-/// The keys of `SINTERCARD` and `ZINTERCARD`, and where to stop counting.
-pub(super) fn inter_card_args<'a>(args: &mut Args<'a>) -> Checked<(&'a [Bytes], usize)> {
-    let count = args.at_least(1, "ERR numkeys should be greater than 0")?;
-    if count > args.len() as i64 {
-        return Err("ERR Number of keys can't be greater than number of args".into());
-    }
-    let keys = args.take(count as usize)?;
+/// Where `SINTERCARD` and `ZINTERCARD` stop counting.
+pub(super) fn card_limit(args: &mut Args<'_>) -> Checked<usize> {
     let mut limit = 0;
     while !args.is_empty() {
         if !args.accept_with("limit", 1) {
@@ -298,11 +309,16 @@ pub(super) fn inter_card_args<'a>(args: &mut Args<'a>) -> Checked<(&'a [Bytes], 
         }
         limit = args.at_least(0, "ERR LIMIT can't be negative")?;
     }
-    Ok((keys, if limit == 0 { usize::MAX } else { limit as usize }))
+    Ok(if limit == 0 { usize::MAX } else { limit as usize })
 }
 
 fn inter_card(database: &mut Database, mut args: Args<'_>) -> Answer {
-    let (keys, limit) = inter_card_args(&mut args)?;
+    let count = args.at_least(1, "ERR numkeys should be greater than 0")?;
+    if count > args.len() as i64 {
+        return Err("ERR Number of keys can't be greater than number of args".into());
+    }
+    let keys = args.take(count as usize)?;
+    let limit = card_limit(&mut args)?;
     Ok(Reply::count(combined(database, keys, How::Inter, limit)?.len() as u64))
 }
 

@@ -173,33 +173,56 @@ struct Trim {
     limit: u64,
 }
 
-/// Reads `MAXLEN|MINID [=|~] threshold [LIMIT n]`; `None` when the next word is neither.
-fn trimming(args: &mut Args<'_>) -> Checked<Option<Trim>> {
-    let by_len = args.accept_with("maxlen", 1);
-    if !by_len && !args.accept_with("minid", 1) {
-        return Ok(None);
+/// The options `MAXLEN|MINID [=|~] threshold` and `LIMIT n`, which come in any order and are judged together.
+#[derive(Default)]
+struct Trimming {
+    to: Option<TrimTo>,
+    is_approximate: bool,
+    limit: Option<u64>,
+}
+
+impl Trimming {
+    /// Reads one of the options; false when the next word is another.
+    fn accept(&mut self, args: &mut Args<'_>) -> Checked<bool> {
+        if args.accept_with("limit", 1) {
+            self.limit = Some(match args.integer()? {
+                limit @ 0.. => limit as u64,
+                _ => return Err("ERR The LIMIT argument must be >= 0.".into()),
+            });
+            return Ok(true);
+        }
+        let by_len = args.accept_with("maxlen", 1);
+        if !by_len && !args.accept_with("minid", 1) {
+            return Ok(false);
+        }
+        if self.to.is_some() {
+            return Err("ERR syntax error, MAXLEN and MINID options at the same time are not compatible".into());
+        }
+        self.is_approximate = args.accept_with("~", 1);
+        if !self.is_approximate {
+            args.accept_with("=", 1);
+        }
+        self.to = Some(match by_len {
+            true => TrimTo::Len(match args.integer()? {
+                len @ 0.. => len as u64,
+                _ => return Err("ERR The MAXLEN argument must be >= 0.".into()),
+            }),
+            false => TrimTo::Id(Id::parse(args.next()?, 0)?),
+        });
+        Ok(true)
     }
-    let is_approximate = args.accept_with("~", 1);
-    if !is_approximate {
-        args.accept_with("=", 1);
-    }
-    let to = match by_len {
-        true => TrimTo::Len(match args.integer()? {
-            len @ 0.. => len as u64,
-            _ => return Err("ERR The MAXLEN argument must be >= 0.".into()),
-        }),
-        false => TrimTo::Id(Id::parse(args.next()?, 0)?),
-    };
-    // Nothing is gained here by trimming roughly, so it is done exactly, up to what is allowed.
-    let mut limit = u64::MAX;
-    if args.accept_with("limit", 1) {
-        let told = args.at_least(0, "ERR The LIMIT argument must be >= 0.")?;
-        if !is_approximate {
+
+    fn finish(self) -> Checked<Option<Trim>> {
+        if self.to.is_none() && self.limit.is_some_and(|limit| limit > 0) {
+            return Err("ERR syntax error, LIMIT cannot be used without specifying a trimming strategy".into());
+        }
+        if self.limit.is_some() && !self.is_approximate {
             return Err("ERR syntax error, LIMIT cannot be used without the special ~ option".into());
         }
-        limit = if told == 0 { u64::MAX } else { told as u64 };
+        // Nothing is gained here by trimming roughly, so it is done exactly, up to what is allowed.
+        let limit = self.limit.filter(|limit| *limit > 0).unwrap_or(u64::MAX);
+        Ok(self.to.map(|to| Trim { to, limit }))
     }
-    Ok(Some(Trim { to, limit }))
 }
 
 /// The id of a new entry as it was asked for.
@@ -217,10 +240,7 @@ fn new_id(word: &[u8]) -> Checked<NewId> {
     if let Some(ms) = word.strip_suffix(b"-*") {
         return parse_u64(ms).map(NewId::Within).ok_or(Fault::from(BAD_ID));
     }
-    match Id::parse(word, 0)? {
-        Id::MIN => Err("ERR The ID specified in XADD must be greater than 0-0".into()),
-        id => Ok(NewId::Exact(id)),
-    }
+    Id::parse(word, 0).map(NewId::Exact)
 }
 
 /// The id that comes after `last`, or `None` when what was asked for does not.
@@ -237,27 +257,34 @@ fn choose(id: &NewId, last: Id, now: UnixMs) -> Option<Id> {
 
 fn add(database: &mut Database, mut args: Args<'_>) -> Answer {
     let key = args.next()?;
-    let (mut creates, mut trim) = (true, None);
+    let (mut creates, mut trimming) = (true, Trimming::default());
     loop {
         if args.accept("nomkstream") {
             creates = false;
-        } else if let Some(found) = trimming(&mut args)? {
-            trim = Some(found);
-        } else {
+        } else if !trimming.accept(&mut args)? {
             break;
         }
     }
-    let id = new_id(args.next()?)?;
+    // The last option may have been the last word.
+    let id = args.next().ok().map(|word| new_id(word)).transpose()?;
+    let trim = trimming.finish()?;
     let fields = args.rest();
-    if fields.is_empty() || fields.len() % 2 == 1 {
+    let Some(id) = id.filter(|_| !fields.is_empty() && fields.len().is_multiple_of(2)) else {
         return Err(super::wrong_arity(args.name));
+    };
+    if matches!(id, NewId::Exact(Id::MIN)) {
+        return Err("ERR The ID specified in XADD must be greater than 0-0".into());
     }
     let now = database.now;
     let stream = database.read::<Stream>(key)?;
     if stream.is_none() && !creates {
         return Ok(Reply::Null);
     }
-    let id = choose(&id, stream.map_or(Id::MIN, |stream| stream.last), now)
+    let last = stream.map_or(Id::MIN, |stream| stream.last);
+    if last == Id::MAX {
+        return Err("ERR The stream has exhausted the last possible ID, unable to add more items".into());
+    }
+    let id = choose(&id, last, now)
         .ok_or(Fault::from("ERR The ID specified in XADD is equal or smaller than the target stream top item"))?;
     let (stream, rows) = database.write_or_create::<Stream>(key)?;
     stream.add(rows, id, fields);
@@ -334,8 +361,13 @@ fn del(database: &mut Database, mut args: Args<'_>) -> Answer {
 
 fn trim(database: &mut Database, mut args: Args<'_>) -> Answer {
     let key = args.next()?;
-    let Some(trim) = trimming(&mut args)? else { return Err(SYNTAX.into()) };
-    args.end()?;
+    let mut trimming = Trimming::default();
+    while !args.is_empty() {
+        if !trimming.accept(&mut args)? {
+            return Err(SYNTAX.into());
+        }
+    }
+    let Some(trim) = trimming.finish()? else { return Err(SYNTAX.into()) };
     let Some((stream, rows)) = database.write::<Stream>(key)? else { return Ok(Reply::Integer(0)) };
     let removed = stream.trim(rows, &trim);
     if removed > 0 {

@@ -11,9 +11,9 @@ use super::args::Args;
 use super::generic::{Page, scan_page};
 use super::hash::pairs_reply;
 use super::list::index_range;
-use super::number::parse_f64;
+use super::number::{parse_f64, parse_wide_f64};
 use super::rows::{ElementRows, Rows};
-use super::set::{inter_card_args, pick_places, sample_count};
+use super::set::{card_limit, no_more_than_a_count, pick_places, sample_count_with};
 use super::string::NOT_A_FLOAT;
 use super::{Answer, Checked, Command, Database, Fault, Map, SYNTAX, Value, WRONG_TYPE, check_name, command, owned};
 use crate::resp::reply::{Reply, format_double};
@@ -184,7 +184,12 @@ impl ScoreBound {
             [b'(', text @ ..] => (text, true),
             text => (text, false),
         };
-        let score = parse_f64(text).ok_or(Fault::from("ERR min or max is not a float"))?;
+        // As C's own function takes it, which skips blanks and stops at once where there is nothing.
+        let score = match text {
+            [] => Some(0.0),
+            text => parse_wide_f64(text.trim_ascii_start()),
+        };
+        let score = score.ok_or(Fault::from("ERR min or max is not a float"))?;
         Ok(ScoreBound { score, is_excluded })
     }
 
@@ -525,9 +530,7 @@ fn remove_range(database: &mut Database, mut args: Args<'_>, parse: ParseRange) 
 
 fn pop(database: &mut Database, mut args: Args<'_>, from_max: bool) -> Answer {
     let key = args.next()?;
-    if args.len() > 1 {
-        return Err(super::wrong_arity(args.name));
-    }
+    no_more_than_a_count(&args)?;
     let count = match args.is_empty() {
         true => None,
         false => Some(args.at_least(0, "ERR value is out of range, must be positive")? as usize),
@@ -618,17 +621,22 @@ fn members_of(database: &mut Database, key: &[u8]) -> Checked<Map<f64>> {
     }
 }
 
-fn combine(database: &mut Database, mut args: Args<'_>, how: How, stores: bool) -> Answer {
-    let target = if stores { Some(args.next()?) } else { None };
+/// The number of keys and what they hold. Redis looks at that before it reads on.
+fn sources(database: &mut Database, args: &mut Args<'_>) -> Checked<Vec<Map<f64>>> {
     let count = args.integer()?;
     if count < 1 {
         return Err(format!("ERR at least 1 input key is needed for '{}' command", args.name).into());
     }
     let keys = args.take(usize::try_from(count).unwrap_or(usize::MAX))?;
-    let sets = keys.iter().map(|key| members_of(database, key)).collect::<Checked<Vec<Map<f64>>>>()?;
-    let (mut weights, mut aggregate, mut with_scores) = (vec![1.0; keys.len()], Aggregate::Sum, false);
+    keys.iter().map(|key| members_of(database, key)).collect()
+}
+
+fn combine(database: &mut Database, mut args: Args<'_>, how: How, stores: bool) -> Answer {
+    let target = if stores { Some(args.next()?) } else { None };
+    let sets = sources(database, &mut args)?;
+    let (mut weights, mut aggregate, mut with_scores) = (vec![1.0; sets.len()], Aggregate::Sum, false);
     while !args.is_empty() {
-        if how != How::Diff && args.accept_with("weights", keys.len()) {
+        if how != How::Diff && args.accept_with("weights", sets.len()) {
             for weight in &mut weights {
                 *weight = args.float_or("ERR weight value is not a float")?;
             }
@@ -655,7 +663,12 @@ fn combine(database: &mut Database, mut args: Args<'_>, how: How, stores: bool) 
 }
 
 fn combined(sets: Vec<Map<f64>>, weights: &[f64], aggregate: Aggregate, how: How) -> Map<f64> {
-    let mut sets = sets.into_iter().zip(weights);
+    let mut sets: Vec<(Map<f64>, &f64)> = sets.into_iter().zip(weights).collect();
+    if how != How::Diff {
+        // As Redis does: what infinities add up to hangs on the order.
+        sets.sort_by_key(|(set, _)| set.len());
+    }
+    let mut sets = sets.into_iter();
     let Some((mut result, weight)) = sets.next() else { return Map::default() };
     result.values_mut().for_each(|score| *score = finite_or_zero(*score * weight));
     for (set, weight) in sets {
@@ -663,7 +676,7 @@ fn combined(sets: Vec<Map<f64>>, weights: &[f64], aggregate: Aggregate, how: How
             How::Diff => result.retain(|member, _| !set.contains_key(member)),
             How::Inter => result.retain(|member, score| match set.get(member) {
                 Some(other) => {
-                    *score = aggregate.of(*score, finite_or_zero(other * weight));
+                    *score = aggregate.of(*score, other * weight);
                     true
                 }
                 None => false,
@@ -680,17 +693,16 @@ fn combined(sets: Vec<Map<f64>>, weights: &[f64], aggregate: Aggregate, how: How
 }
 
 fn inter_card(database: &mut Database, mut args: Args<'_>) -> Answer {
-    let (keys, limit) = inter_card_args(&mut args)?;
-    let sets = keys.iter().map(|key| members_of(database, key)).collect::<Checked<Vec<Map<f64>>>>()?;
-    let common = combined(sets, &vec![1.0; keys.len()], Aggregate::Sum, How::Inter);
+    let sets = sources(database, &mut args)?;
+    let limit = card_limit(&mut args)?;
+    let weights = vec![1.0; sets.len()];
+    let common = combined(sets, &weights, Aggregate::Sum, How::Inter);
     Ok(Reply::count(common.len().min(limit) as u64))
 }
 
 fn random_member(database: &mut Database, mut args: Args<'_>) -> Answer {
     let key = args.next()?;
-    let count = sample_count(&mut args)?;
-    let with_scores = args.accept("withscores");
-    args.end()?;
+    let (count, with_scores) = sample_count_with(&mut args, "withscores")?;
     let (nests, mut dice) = (database.is_resp3(), database.dice());
     let zset = database.read::<Zset>(key)?;
     let places = pick_places(&mut dice, zset.map_or(0, Zset::len), count.unwrap_or(1));
