@@ -77,7 +77,7 @@ impl Keep {
 }
 
 /// More than a delivery has beside its payload and the texts of its policy.
-const DELIVERY_BYTES: usize = 1_024;
+const DELIVERY_BYTES: usize = 2_048;
 
 /// A finished answer.
 #[derive(Debug)]

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::task::{JoinHandle, unconstrained, yield_now};
 
 use crate::clients::{Peer, Unblock};
 use crate::command::ordinary;
@@ -87,6 +88,8 @@ struct Pending {
     mute: bool,
     what: What,
     began: Instant,
+    /// It has waited for something that may never come.
+    has_waited: bool,
     /// What the jobs that it brings are bound to.
     binding: Option<Binding>,
 }
@@ -114,7 +117,8 @@ impl What {
 /// at the sockets once, what it found is read (at most [`READ_AHEAD`]), and nothing that comes later is.
 enum Drain {
     No,
-    Looking(Pin<Box<dyn Future<Output = ()> + Send>>),
+    /// Another task of this thread was let run before and after that.
+    Looking(JoinHandle<()>),
     /// Until nothing is left there, or so many bytes were received.
     LastRead(u64),
     /// The connection closes when what was read is answered; nobody waits.
@@ -269,13 +273,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         }
     }
 
-    /// Once for each time that the task is woken, since a step of it is a turn of the runtime.
     fn follow_drain(&mut self, context: &mut TaskContext<'_>) {
         if matches!(self.drain, Drain::No) && self.process.draining.load(Ordering::Relaxed) {
-            self.drain = Drain::Looking(Box::pin(tokio::task::yield_now()));
+            self.drain = Drain::Looking(tokio::spawn(yield_now()));
         }
         if let Drain::Looking(turn) = &mut self.drain
-            && turn.as_mut().poll(context).is_ready()
+            && Pin::new(turn).poll(context).is_ready()
         {
             self.drain = Drain::LastRead(self.received + READ_AHEAD as u64);
         }
@@ -303,17 +306,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
                     }
                 }
             }
+            pending.has_waited |= waits;
             let Poll::Ready(done) = pending.answer.poll(context) else {
-                self.peer.blocked.store(waits, Ordering::Relaxed);
+                let still_waits = matches!(pending.answer, Answer::Waiting(..));
+                self.peer.blocked.store(still_waits, Ordering::Relaxed);
                 return;
             };
-            if waits {
+            if pending.has_waited {
                 self.peer.blocked.store(false, Ordering::Relaxed);
             }
             let (protocol, mute) = (pending.protocol, pending.mute);
             let mut binding = None;
             if let Some(pending) = self.pending.pop_front() {
-                self.count(&pending, &done, waits);
+                self.count(&pending, &done);
                 let waited = self.now.saturating_duration_since(pending.began);
                 binding = pending.binding.map(|binding| (binding, waited));
             }
@@ -331,7 +336,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     }
 
     /// Counts an answer that is there. Its time ends when the socket was last looked at, which is when it was asked for it.
-    fn count(&self, pending: &Pending, done: &Done, waits: bool) {
+    fn count(&self, pending: &Pending, done: &Done) {
         match done {
             Done::Reply(Reply::Error(error)) => self.process.metrics.error(error.code),
             Done::Reply(Reply::RawError(_)) => self.process.metrics.error(Code::Err),
@@ -343,7 +348,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         let Some(place) = pending.what.command else { return };
         let took = self.now.saturating_duration_since(pending.began);
         self.process.metrics.command(place, took);
-        if took >= self.settings.slow && !waits {
+        if took >= self.settings.slow && !pending.has_waited {
             let What { subject, words, .. } = pending.what.clone();
             self.process.slowlog.note(Slow { command: pending.what.name(), subject, words, took, peer: &self.peer });
         }
@@ -420,7 +425,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         };
         let protocol = self.context.protocol;
         let what = std::mem::take(&mut self.what);
-        self.pending.push_back(Pending { answer, protocol, mute, what, began: self.now, binding: None });
+        self.pending.push_back(Pending {
+            answer,
+            protocol,
+            mute,
+            what,
+            began: self.now,
+            has_waited: false,
+            binding: None,
+        });
     }
 
     /// Moves messages of subscriptions to the output; false when the client fell too far behind.
@@ -704,7 +717,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             self.input_size = self.input_size.max(self.input.capacity());
         }
         let room = self.input.capacity() - self.input.len();
-        match pin!(self.socket.read_buf(&mut self.input)).poll(context) {
+        let mut reading = pin!(self.socket.read_buf(&mut self.input));
+        let read = match self.drain {
+            // However much this task has done in its turn, it is the last time that it looks.
+            Drain::LastRead(_) => pin!(unconstrained(reading)).poll(context),
+            _ => reading.as_mut().poll(context),
+        };
+        match read {
             Poll::Pending => {
                 // An idle connection holds no more than a new one, whatever it has sent.
                 if self.input_size > 2 * READ_MIN && self.input.is_empty() && self.pending.is_empty() {

@@ -333,6 +333,8 @@ fn a_reader_that_waits_has_its_cursor_when_it_is_unblocked_or_its_proxy_drains()
     wait(&fleet, &mut reader);
     assert_eq!(fleet.proxies[1].wire().call(&["CLIENT", "UNBLOCK", &id]), Value::Integer(1));
     assert!(!read_cursor(&mut reader).contains('$'));
+    let info = fleet.proxies[1].wire().say("INFO clients").text();
+    assert!(info.contains("blocked_clients:0\r\n"), "it waits no more: {info}");
     wait(&fleet, &mut reader);
     assert!(fleet.proxies[1].terminate().success());
     let cursor = read_cursor(&mut reader);

@@ -5,7 +5,8 @@
 //! latency, load makes batches larger. Waiting clients of the shard's queues stand here, beside the writer, so a wake-up
 //! cannot be lost.
 //!
-//! Promises: the operations of one session on one queue apply in the order sent; an answered write is committed; waiters
+//! Promises: the operations of one session on one queue apply in the order sent, but for a lease that got nothing because
+//! those before it took all the bytes of a batch ([`Outcome::Later`]), which comes first in the next; an answered write is committed; waiters
 //! of one lane are served oldest first; a full mailbox is back-pressure ([`Lane::submit`] hands the parcel back).
 //! Leaves placement to `router`, and what a ticket is to `waiting`.
 //!
@@ -193,6 +194,17 @@ impl Mailbox {
         }
         self.bytes += op_bytes(&parcel.op);
         self.parcels.push_back(parcel);
+    }
+
+    /// Puts parcels before all others, in their order.
+    fn put_first(&mut self, parcels: Vec<Parcel>) {
+        if self.ended {
+            return;
+        }
+        for parcel in parcels.into_iter().rev() {
+            self.bytes += op_bytes(&parcel.op);
+            self.parcels.push_front(parcel);
+        }
     }
 }
 

@@ -64,6 +64,12 @@ pub async fn read(read: Read, dispatcher: Arc<Dispatcher>, asker: Asker, over: A
                 Place::Oldest | Place::After { .. } => {}
             }
         }
+        // A shard that did not answer is named from here on, so that what it records meanwhile counts as missed.
+        for lane in &map.lanes {
+            if cursor.place(lane.name()) == Place::Now {
+                cursor.set(lane.name(), Place::Now);
+            }
+        }
         let (lines, places) = merge(parts, count);
         places.into_iter().for_each(|(shard, place)| cursor.set(&shard, place));
         let is_over = until.is_none_or(|until| Instant::now() >= until);

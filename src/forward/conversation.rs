@@ -380,10 +380,9 @@ impl Conversation {
 
     /// Counted at once, so that what is sent behind is judged right; confirmed when the shards have.
     fn subscribe(&mut self, kind: Kind, words: &[Bytes], protocol: Protocol) -> Started {
-        let bytes = words[1..].iter().map(Bytes::len).sum::<usize>();
-        if self.subscriptions() + words.len() - 1 > SUBSCRIBED_MAX
-            || self.subscribed_bytes + bytes > SUBSCRIBED_BYTES_MAX
-        {
+        let new = words[1..].iter().filter(|name| !self.subscribed[kind as usize].contains(*name));
+        let (count, bytes) = new.fold((0, 0), |(count, bytes), name| (count + 1, bytes + name.len()));
+        if self.subscriptions() + count > SUBSCRIBED_MAX || self.subscribed_bytes + bytes > SUBSCRIBED_BYTES_MAX {
             return Error::new(
                 Code::Overloaded,
                 format!(

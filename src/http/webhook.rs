@@ -232,14 +232,16 @@ impl Hook {
         self.verify(headers, claim, &body, now)?;
         // From here on the delivery is the service's.
         let needs_json = [&self.id, &self.kind].into_iter().flatten().any(|place| matches!(place, Place::Field(_)));
-        let fields: BTreeMap<String, &RawValue> = match needs_json {
-            true => serde_json::from_slice(&body).map_err(|error| {
-                // Without the error's own words, which may repeat what stands there.
-                let why = format!("the body is no JSON object: line {} column {}", error.line(), error.column());
-                Refusal::malformed(StatusCode::BAD_REQUEST, Code::Err, why)
-            })?,
-            false => BTreeMap::new(),
+        // Without the error's own words, which may repeat what stands there.
+        let no_json = |error: serde_json::Error| {
+            let why = format!("the body is no JSON: line {} column {}", error.line(), error.column());
+            Refusal::malformed(StatusCode::BAD_REQUEST, Code::Err, why)
         };
+        let document: Option<&RawValue> =
+            needs_json.then(|| serde_json::from_slice(&body)).transpose().map_err(no_json)?;
+        // Anything but an object has no fields.
+        let fields: BTreeMap<String, &RawValue> =
+            document.and_then(|document| serde_json::from_str(document.get()).ok()).unwrap_or_default();
         let mut words =
             vec![Bytes::from_static(b"GOFLOW.ENQUEUE"), self.queue.as_str().to_owned().into(), body.clone()];
         if let Some(place) = &self.id {
@@ -468,10 +470,14 @@ mod tests {
         for body in [r#"{"id":[7]}"#, r#"{"id":null}"#, r#"{"id":""}"#, r#"{"id":"\ud800"}"#, r#"["id"]"#, "7", "{"] {
             assert_eq!(words(body), Err(Fate::Malformed), "{body}");
         }
-        let body = "\"canary\"";
+        let body = "\"canary";
         let claim = Claim { signatures: vec![decode_hex(&hex("s", body)).unwrap()], timestamp: None };
         let refused = hook.words(&HeaderMap::new(), &claim, body.into(), NOW).unwrap_err();
-        assert_eq!(refused.why, "the body is no JSON object: line 1 column 8", "it repeats nothing of the body");
+        assert_eq!(refused.why, "the body is no JSON: line 1 column 7", "it repeats nothing of the body");
+        // Where a field is only the kind's, a body without fields has none.
+        (hook.kind, hook.id) = (Some(Place::Field("kind".into())), None);
+        let signature = format!("sha256={}", hex("s", "[1]"));
+        assert_eq!(take(&hook, &[("x-hub-signature-256", &signature)], "[1]").unwrap()[3..], [""; 0]);
     }
 
     #[test]

@@ -119,8 +119,8 @@ pub const TICK_JOBS_MAX: usize = 1_000;
 pub const BULK_JOBS_MAX: usize = 1_000;
 /// Most jobs in one page of PEEK or DLQ LIST, and most sessions in one page.
 pub const PAGE_JOBS_MAX: usize = 1_000;
-/// Once an operation has handed out, looked through or moved so many bytes of jobs, it stops; jobs may be as large as this
-/// four times over, so a few at most go beyond.
+/// Once an operation has handed out, looked through or moved so many bytes of jobs, it stops, after the step of at most 16
+/// jobs that it is in.
 pub const PART_BYTES_MAX: usize = 4 << 20;
 /// So many priorities are looked at for the job that has been ready longest.
 pub const STATS_PRIORITIES_MAX: usize = 16;

@@ -119,18 +119,21 @@ async fn the_oldest_ready_time_is_that_of_the_job_that_waits_longest(keeper: &Ke
     assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN));
     trial.cancel(passed_over).await;
     assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 10));
-    // A job waits since it may start, not since it was enqueued; one that came back since then.
+    // A job waits since it may start, not since it was enqueued.
     trial.advance(50);
     let (urgent, usual) = (trial.take().await, trial.take().await);
     assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 60));
     assert_eq!(trial.take().await.seq, delayed);
     assert_eq!(trial.stats().await.oldest_ready_at, None);
     trial.advance(5);
+    trial.enqueue("behind").await;
+    assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 65));
+    // One that is given back has waited all the while.
     trial.release(usual, 0).await;
-    assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 65));
-    trial.advance(5);
+    assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 10));
+    trial.cancel(usual.seq).await;
     trial.release(urgent, 0).await;
-    assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 65));
+    assert_eq!(trial.stats().await.oldest_ready_at, Some(BEGIN + 10));
 }
 
 async fn a_purge_removes_the_jobs_of_one_state_and_all_trace(keeper: &Keeper) {

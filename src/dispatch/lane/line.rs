@@ -62,6 +62,8 @@ pub(super) struct Line {
     hot: BTreeSet<Name>,
     /// The queue that was served last, so that each has its turn.
     hot_after: Option<Name>,
+    /// Queues with waiters for whom the batch had no bytes left: they come first in the next one.
+    overtaken: BTreeSet<Name>,
     timers: BTreeSet<(Instant, Name)>,
     sweep_at: Instant,
     sweep_after: Option<Name>,
@@ -85,6 +87,7 @@ impl Line {
             slots: HashMap::default(),
             hot: BTreeSet::new(),
             hot_after: None,
+            overtaken: BTreeSet::new(),
             timers: BTreeSet::new(),
             sweep_at: Instant::now() + SWEEP_EVERY,
             sweep_after: None,
@@ -215,7 +218,11 @@ impl Line {
                 *fresh.entry(parcel.op.queue.clone()).or_default() += payloads.len() as u64;
             }
         }
-        let mut batch = into_runs(taken);
+        let mut batch = Vec::new();
+        for queue in std::mem::take(&mut self.overtaken) {
+            self.claim(&queue, 0, &mut batch);
+        }
+        batch.extend(into_runs(taken));
         self.hot.extend(fresh.keys().cloned());
         // However many queues fell due together, a batch stays one that a shard answers in time.
         let most = batch.len() + BATCH_JOBS_MAX;
@@ -286,7 +293,7 @@ impl Line {
                 Answer::Leasing(_) | Answer::Ticket(_) => Some(parcel.op.queue.clone()),
             };
             freed.extend(releases(&parcel.op).map(|(kind, name)| (answers.len(), kind, name)));
-            answers.push((parcel.answer, queue));
+            answers.push((parcel.answer, parcel.session, queue));
             ops.push(parcel.op);
         }
         let count = ops.len();
@@ -299,7 +306,7 @@ impl Line {
                 Err(error) => Applied::failed(count, &lane.as_down(error)),
             }
         });
-        let has_tickets = answers.iter().any(|(answer, _)| matches!(answer, Answer::Ticket(_)));
+        let has_tickets = answers.iter().any(|(answer, ..)| matches!(answer, Answer::Ticket(_)));
         if has_tickets {
             self.lent_until.as_mut().reset((asked_at + TICKETS_LENT_MAX).into());
         }
@@ -313,7 +320,7 @@ impl Line {
             Some(applied) => applied,
             None => {
                 // Who waits on a slow shard may have a job of another one meanwhile.
-                for (answer, _) in &answers {
+                for (answer, ..) in &answers {
                     if let Answer::Ticket(ticket) = answer {
                         ticket.unclaim(&lane);
                     }
@@ -334,7 +341,8 @@ impl Line {
             }
         }
         let (mut returned, mut failed) = (Vec::new(), HashSet::<Name, RandomState>::default());
-        for ((answer, queue), outcome) in answers.into_iter().zip(outcomes) {
+        let mut later = Vec::new();
+        for ((answer, session, queue), outcome) in answers.into_iter().zip(outcomes) {
             match answer {
                 Answer::Session(reply) => match outcome {
                     Ok(Outcome::Full(op)) => self.lane.note_refused(*op, reply),
@@ -343,7 +351,9 @@ impl Line {
                 },
                 Answer::Again(reply) => reply.send(outcome),
                 Answer::Leasing(reply) => match (outcome, queue) {
-                    (Ok(Outcome::Later(op)), _) => self.lane.mail().push(*op, 0, Answer::Leasing(reply)),
+                    (Ok(Outcome::Later(op)), _) => {
+                        later.push(Parcel { op: *op, session, answer: Answer::Leasing(reply) });
+                    }
                     (outcome, Some(queue)) => {
                         reply.send(outcome.and_then(|outcome| self.leased(queue, outcome)));
                     }
@@ -352,7 +362,7 @@ impl Line {
                 Answer::Ticket(ticket) => {
                     if let Some(queue) = queue {
                         if matches!(outcome, Ok(Outcome::Later(_))) {
-                            self.hot.insert(queue.clone());
+                            self.overtaken.insert(queue.clone());
                             returned.push((queue, ticket, None));
                             continue;
                         }
@@ -379,6 +389,9 @@ impl Line {
                 }
                 Answer::Nobody => {}
             }
+        }
+        if !later.is_empty() {
+            self.lane.mail().put_first(later);
         }
         self.put_back(returned, is_late);
         failed.into_iter().for_each(|queue| self.look_again(queue));

@@ -344,7 +344,7 @@ function make_rules()
       M.seq = M.seq + 1
       it.place = M.seq
     end
-    it.time = now
+    it.time = again and 0 or now
     if has(it, 8) and not keeps_turn(it) then
       it.state = 'B'
       call('ZADD', BLOCKED, '0', rank_of(it))
@@ -524,11 +524,13 @@ function make_rules()
 
   -- Ends the histories of jobs that are removed before they are over.
   local function cut_short(seqs, reason)
-    if recording then
-      local records, states = fetch(JOBS, seqs), fetch(STATE, seqs)
-      for i = 1, #seqs do
+    -- In steps, so that large ones are not held together.
+    for first = 1, recording and #seqs or 0, 16 do
+      local part = {spread(seqs, first, math.min(first + 15, #seqs))}
+      local records, states = fetch(JOBS, part), fetch(STATE, part)
+      for i = 1, #part do
         if records[i] then
-          local it = job_of(seqs[i], records[i], states[i])
+          local it = job_of(part[i], records[i], states[i])
           note(it, 'x', nil, reason)
           it.state, it.verdict, it.time = 'X', '-', now
           save(it)
@@ -1373,12 +1375,17 @@ function make_rules()
       if #found == 0 then
         break
       end
-      local priority = math.floor(tonumber(found[2]) / PLACE_MAX)
+      local job, place = found[1], tonumber(found[2])
+      local priority = math.floor(place / PLACE_MAX)
       if level and priority > 0 then
         look(level)
         level, looked = nil, looked + 1
+      elseif level and priority == 0 then
+        local state = call('HGET', STATE, level)
+        job = parse('>I6', state or level, state and 11 or 1) < place and level or job
+        level = nil
       end
-      look(found[1])
+      look(job)
       from, looked = text((priority + 1) * PLACE_MAX), looked + 1
     end
     if level and looked < 16 then
@@ -1433,7 +1440,8 @@ function make_rules()
       return {0, -1}
     end
     -- Few at once where the first is large, as others of its queue are then.
-    local first = page_of(state, 0, 1)[1]
+    local first = state == 'D' and call('ZRANGE', DEAD, '0', '0')[1] or KEPT[state] and call('LINDEX', KEPT[state], '0')
+      or page_of(state, 0, 1)[1]
     if first and call('HSTRLEN', JOBS, first) > PART_BYTES / 64 then
       count = math.min(count, 16)
     end
@@ -1506,14 +1514,22 @@ function make_rules()
   local function dead_retry_all()
     local limit = tonumber(arguments(1))
     limit = limit < 0 and now or limit
-    local count, passed = 0, 0
-    while count < bulk_max and passed < 10 * bulk_max do
+    local count, passed, bytes = 0, 0, 0
+    local function is_enough()
+      return count > 0 and bytes >= PART_BYTES
+    end
+    while count < bulk_max and passed < 10 * bulk_max and not is_enough() do
       local found = call('ZRANGEBYSCORE', DEAD, '-inf', text(limit), 'LIMIT', text(passed), text(bulk_max - count))
       if #found == 0 then
         return {count, -1}
       end
       for i = 1, #found do
-        if redrive(find(found[i])) then
+        if is_enough() then
+          break
+        end
+        local it = find(found[i])
+        bytes = bytes + #it.record
+        if redrive(it) then
           count = count + 1
         else
           passed = passed + 1

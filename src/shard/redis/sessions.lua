@@ -122,18 +122,23 @@ function make_sessions(rules)
         break
       end
       local number = text(parse('>I6', call('HGET', HELD, 's' .. ended[i])))
-      -- In steps, so that large jobs are not held together.
+      -- In steps, so that large jobs are not held together; when they are enough there is no more room.
+      local bytes = 0
       repeat
         local seqs = call('ZRANGEBYSCORE', BOUND, number, number, 'LIMIT', '0', text(math.min(room, 16)))
         local records, states = fetch(JOBS, seqs), fetch(STATE, seqs)
         room = room - #seqs
         for j = 1, #seqs do
+          bytes = bytes + #records[j]
           local it = rules.job_of(seqs[j], records[j], states[j])
           rules.leave(it)
           M.released = M.released + 1
           it.verdict = 'P'
           rules.note(it, 'b', it.spent + 1)
           rules.wait(it, 0, true)
+        end
+        if bytes >= PART_BYTES then
+          room = 0
         end
       until room == 0 or #seqs == 0
       if room > 0 then

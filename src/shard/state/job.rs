@@ -50,7 +50,7 @@ pub struct Job {
     /// The token of the lease that is, or was the last.
     pub token: u64,
     /// The due time, the end of the lease, when the job was over or died, or since when it is ready again; 0 when it was
-    /// ready from the beginning.
+    /// ready from the beginning, or has the place that it had.
     pub at: UnixMs,
     /// When the ttl is over; 0 is never.
     pub expires_at: UnixMs,

@@ -152,7 +152,7 @@ impl<R: Rows> Turn<'_, R> {
                 job.place = self.queue.next();
                 (JobState::Ready, self.now)
             }
-            To::OldPlace => (JobState::Ready, self.now),
+            To::OldPlace => (JobState::Ready, 0),
             To::Scheduled(due_at) => (JobState::Scheduled, due_at),
             To::Leased(until) => (JobState::Leased, until),
             To::Dead => (JobState::Dead, self.now),
