@@ -308,7 +308,7 @@ impl Answer {
             Answer::Done(done) => Poll::Ready(std::mem::replace(done, Done::Reply(Reply::Nothing))),
             Answer::Keyed { outcome, keyed, shard, dispatcher } => {
                 let outcome = ready!(Pin::new(outcome).poll(context)).unwrap_or_else(|_| Err(lane_gone()));
-                match homes::read(outcome, keyed, shard) {
+                match homes::read(outcome, keyed, shard, &dispatcher.map()) {
                     Some(reply) => Poll::Ready(reply.into()),
                     None => {
                         let mut later = homes::again(keyed.clone(), dispatcher.clone());
@@ -610,6 +610,8 @@ async fn take_now(dequeue: &Dequeue, lanes: &[Arc<Lane>], asker: Asker) -> Resul
             match leased.unwrap_or_else(|_| Err(lane_gone())) {
                 Ok(leased) if leased.deliveries.is_empty() => {}
                 Ok(leased) => found.push(leased),
+                // A shard that was removed has nothing.
+                Err(_) if lane.is_ended() => {}
                 Err(error) => failure = Some(error),
             }
         }

@@ -167,6 +167,17 @@ struct Parcel {
     answer: Answer,
 }
 
+impl Parcel {
+    /// Says that nothing was done, to whoever waits for it.
+    fn refuse(self, error: &Error) {
+        match self.answer {
+            Answer::Session(reply) | Answer::Again(reply) => reply.send(Err(error.clone())),
+            Answer::Leasing(reply) => reply.send(Err(error.clone())),
+            Answer::Ticket(_) | Answer::Owed(_) | Answer::Nobody => {}
+        }
+    }
+}
+
 #[derive(Default)]
 struct Mailbox {
     parcels: VecDeque<Parcel>,
@@ -179,7 +190,7 @@ struct Mailbox {
     /// Queues of which the shard said that they stopped being empty; `all_woken` when it may have said more.
     woken: HashSet<Name, RandomState>,
     all_woken: bool,
-    /// The shard is in the map no more: what comes is dropped.
+    /// The shard is in the map no more: what comes is refused.
     ended: bool,
 }
 
@@ -190,7 +201,7 @@ impl Mailbox {
 
     fn put(&mut self, parcel: Parcel) {
         if self.ended {
-            return;
+            return parcel.refuse(&removed());
         }
         self.bytes += op_bytes(&parcel.op);
         self.parcels.push_back(parcel);
@@ -199,13 +210,17 @@ impl Mailbox {
     /// Puts parcels before all others, in their order.
     fn put_first(&mut self, parcels: Vec<Parcel>) {
         if self.ended {
-            return;
+            return parcels.into_iter().for_each(|parcel| parcel.refuse(&removed()));
         }
         for parcel in parcels.into_iter().rev() {
             self.bytes += op_bytes(&parcel.op);
             self.parcels.push_front(parcel);
         }
     }
+}
+
+fn removed() -> Error {
+    Error::new(Code::ShardDown, "the shard was removed; nothing was done")
 }
 
 fn owed(op: Op, session: u64) -> Parcel {
@@ -341,8 +356,7 @@ impl Lane {
             mail.parked.clear();
             std::mem::take(&mut mail.parcels)
         };
-        // Their answers go with them, and whoever waits hears that.
-        drop(parcels);
+        parcels.into_iter().for_each(|parcel| parcel.refuse(&removed()));
         self.lines.ring_all();
         self.bell.notify_one();
         self.room.notify_waiters();

@@ -75,12 +75,14 @@ pub fn enqueue(keyed: Keyed, dispatcher: &Arc<Dispatcher>) -> Answer {
     Answer::Keyed { outcome, keyed, shard: lane.name().clone(), dispatcher: dispatcher.clone() }
 }
 
-/// The reply to an enqueue; `None` when it was placed by an older map than the shard knows of.
-pub fn read(outcome: Result<Outcome>, keyed: &Keyed, shard: &str) -> Option<Result<Reply>> {
+/// The reply to an enqueue; `None` when it was placed by an older map than the shard knows of, or than `map`, where the shard is
+/// no more. It may be tried again, since its key is held once.
+pub fn read(outcome: Result<Outcome>, keyed: &Keyed, shard: &str, map: &ShardMap) -> Option<Result<Reply>> {
     let placed = match outcome {
         Ok(Outcome::Enqueued(placed)) => placed.into_iter().next(),
         Ok(Outcome::Full(_)) => return Some(Err(queue_full())),
         Ok(other) => return Some(Err(unexpected(&other))),
+        Err(_) if map.lane(shard).is_none() => return None,
         Err(error) => return Some(Err(error)),
     };
     let id = || keyed.policy().and_then(|policy| policy.id.clone());
@@ -96,8 +98,10 @@ pub fn again(keyed: Keyed, dispatcher: Arc<Dispatcher>) -> Later {
     Box::pin(async move {
         let mut changes = dispatcher.changes();
         for _ in 0..TRIES {
-            match in_steps(&keyed, &dispatcher.map()).await {
+            let map = dispatcher.map();
+            match in_steps(&keyed, &map, &dispatcher).await {
                 Ok(Some(reply)) => return Done::Reply(reply),
+                Ok(None) if !Arc::ptr_eq(&map, &dispatcher.map()) => {}
                 Ok(None) => {
                     dispatcher.news.notify_one();
                     // Late or not: it is tried by the map that is there then.
@@ -110,19 +114,19 @@ pub fn again(keyed: Keyed, dispatcher: Arc<Dispatcher>) -> Later {
     })
 }
 
-async fn in_steps(keyed: &Keyed, map: &ShardMap) -> Result<Option<Reply>> {
+async fn in_steps(keyed: &Keyed, map: &ShardMap, dispatcher: &Dispatcher) -> Result<Option<Reply>> {
     let Some(policy) = keyed.policy() else { return Ok(Some(Reply::Null)) };
     for lane in map.former_homes(&keyed.key()) {
         let (id, unique) = (policy.id.clone(), policy.unique.as_ref().map(|(key, _)| key.clone()));
         let action = Action::Seek { id, unique, homes_since: map.layout.homes_since };
-        let sought = ask(&lane, Op { queue: keyed.op.queue.clone(), action }, keyed.asker).await?;
-        if !matches!(&sought, Outcome::Enqueued(placed) if placed.is_empty()) {
-            return read(Ok(sought), keyed, lane.name()).transpose();
+        let sought = ask(&lane, Op { queue: keyed.op.queue.clone(), action }, keyed.asker).await;
+        if !matches!(&sought, Ok(Outcome::Enqueued(placed)) if placed.is_empty()) {
+            return read(sought, keyed, lane.name(), &dispatcher.map()).transpose();
         }
     }
     let lane = map.home(&keyed.key()).clone();
     let outcome = ask(&lane, keyed.op_by(map), keyed.asker).await;
-    read(outcome, keyed, lane.name()).transpose()
+    read(outcome, keyed, lane.name(), &dispatcher.map()).transpose()
 }
 
 /// A lane, and what its shard calls the job.

@@ -525,11 +525,9 @@ impl Line {
         let why = self.lane.last_error().filter(|error| error.happened == Happened::No);
         let error = why.unwrap_or_else(|| Error::shard_down(&self.lane.name, "is not reachable", Happened::No));
         for parcel in parcels {
-            match parcel.answer {
-                Answer::Session(reply) | Answer::Again(reply) => reply.send(Err(error.clone())),
-                Answer::Leasing(reply) => reply.send(Err(error.clone())),
-                Answer::Owed(op) => self.owe(op),
-                Answer::Ticket(_) | Answer::Nobody => {}
+            match parcel {
+                Parcel { answer: Answer::Owed(op), .. } => self.owe(op),
+                parcel => parcel.refuse(&error),
             }
         }
     }
@@ -673,6 +671,7 @@ mod tests {
     use crate::job::Lease;
     use crate::shard::Stamp;
     use bytes::Bytes;
+    use futures_util::FutureExt;
 
     fn parcel(session: u64, queue: &str, number: u64, verdict: bool) -> Parcel {
         let lease = Lease { seq: number, token: 0 };
@@ -749,6 +748,55 @@ mod tests {
         assert!(settles(&mut lines).await);
         assert!(enqueued.await.unwrap().is_ok());
         assert_eq!(waiter.jobs().await.unwrap().deliveries.len(), 1);
+    }
+
+    fn lease() -> Action {
+        Action::Lease { tokens: new_tokens(1), lease_ms: 60_000, worker: Bytes::new() }
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_large_job_is_not_passed_over_by_those_who_poll() {
+        let mut line = lines(1).remove(0);
+        let (lane, queue) = (line.lane.clone(), Name::parse(b"main").unwrap());
+        let submit = |action, session| lane.submit(Op { queue: queue.clone(), action }, session);
+        let payloads = vec![Bytes::from(vec![0; 2 << 20]); 30];
+        let start = crate::shard::Start::Now;
+        let enqueued = submit(Action::Enqueue { policy: Arc::default(), payloads, start }, 1);
+        line.collect();
+        let batch = line.batch();
+        line.apply(batch).await;
+        assert!(enqueued.await.unwrap().is_ok());
+        let mut waiter = Ticket::park(vec![queue.clone()], vec![lane.clone()], 1, 60_000, Bytes::new());
+        let mut polls = Vec::new();
+        for round in 0.. {
+            assert!(round < 3, "others are served, and it is not");
+            // Each batch has bytes for two of them.
+            let op = || Op { queue: queue.clone(), action: lease() };
+            polls.extend((0..4).map(|session| lane.submit_lease(op(), 10 + session)));
+            line.collect();
+            let batch = line.batch();
+            line.apply(batch).await;
+            if waiter.jobs().now_or_never().is_some() {
+                break;
+            }
+        }
+        // They are asked again until each has its own.
+        assert!(settles(std::slice::from_mut(&mut line)).await);
+        for poll in polls {
+            assert_eq!(poll.await.unwrap().unwrap().deliveries.len(), 1);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_lane_that_has_ended_says_that_nothing_was_done() {
+        let line = lines(1).remove(0);
+        let submit = || line.lane.submit(Op { queue: Name::parse(b"main").unwrap(), action: lease() }, 1);
+        let before = submit();
+        line.lane.end();
+        for outcome in [before, submit()] {
+            let error = outcome.await.unwrap().unwrap_err();
+            assert_eq!((error.code, error.happened), (Code::ShardDown, Happened::No));
+        }
     }
 
     #[test]
