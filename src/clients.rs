@@ -166,9 +166,10 @@ impl Clients {
         peers.iter().map(|peer| peer.line() + "\n").collect()
     }
 
-    /// Closes a connection; false when there is none of that number.
+    /// Closes a connection; false when there is none of that number, or it is closing already.
     pub fn kill(&self, id: u64) -> bool {
-        self.signal(id, |peer| peer.killed.store(true, Ordering::Relaxed))
+        let lives = self.peers.get(&id).is_some_and(|peer| !peer.killed.swap(true, Ordering::Relaxed));
+        lives && self.signal(id, |_| ())
     }
 
     /// Ends a wait; false when the client is not blocked.
