@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::eventually;
 use crate::support::fleet::Fleet;
 use crate::support::goflow::Goflow;
-use crate::support::wire::{Value, Wire};
+use crate::support::wire::{Value, Wire, encode};
 
 /// Runs a case on both kinds of shard.
 fn on_each(case: impl Fn(&Goflow)) {
@@ -177,9 +177,9 @@ fn sigterm_answers_who_waits_finishes_what_runs_and_keeps_every_job() {
     let mut waiters: Vec<Wire> = (0..5).map(|_| goflow.wire()).collect();
     waiters.iter_mut().for_each(|wire| wire.send(&["GOFLOW.DEQUEUE", "other", "BLOCK", "0"]));
     wait_until_blocked(&mut wire, 5);
-    for number in 0..200 {
-        wire.send(&["GOFLOW.ENQUEUE", "main", &number.to_string()]);
-    }
+    // In one piece: many small ones would wait in the client's kernel for acknowledgements of the first.
+    let requests = (0..200).map(|number| encode(&["GOFLOW.ENQUEUE", "main", &number.to_string()]));
+    wire.send_raw(requests.collect::<Vec<_>>().concat());
     // Nothing of it needs to have been read by then: what had come before the signal is answered.
     assert!(goflow.terminate().success());
     waiters.iter_mut().for_each(|wire| assert_eq!(wire.read(), Value::Null));

@@ -505,7 +505,8 @@ impl Line {
         let vitals = &self.lane.vitals;
         vitals.errors.fetch_add(1, Ordering::Relaxed);
         self.lane.unclaim();
-        if !self.lane.vitals.down.swap(true, Ordering::Relaxed) {
+        // One that was removed is not missed.
+        if !self.lane.vitals.down.swap(true, Ordering::Relaxed) && !self.lane.is_ended() {
             tracing::warn!(shard = %self.lane.name, %error, "shard is down");
         }
         *self.lane.vitals.last_error.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
