@@ -168,16 +168,18 @@ impl Clients {
 
     /// Closes a connection; false when there is none of that number, or it is closing already.
     pub fn kill(&self, id: u64) -> bool {
-        let lives = self.peers.get(&id).is_some_and(|peer| !peer.killed.swap(true, Ordering::Relaxed));
-        lives && self.signal(id, |_| ())
+        self.signal(id, |peer| !peer.killed.swap(true, Ordering::Relaxed))
     }
 
     /// Ends a wait; false when the client is not blocked.
     pub fn unblock(&self, id: u64, how: Unblock) -> bool {
-        let blocked = self.peers.get(&id).is_some_and(|peer| peer.blocked.load(Ordering::Relaxed));
-        blocked
-            && self
-                .signal(id, |peer| peer.unblock.store(if how == Unblock::Timeout { 1 } else { 2 }, Ordering::Relaxed))
+        self.signal(id, |peer| {
+            let is_blocked = peer.blocked.load(Ordering::Relaxed);
+            if is_blocked {
+                peer.unblock.store(if how == Unblock::Timeout { 1 } else { 2 }, Ordering::Relaxed);
+            }
+            is_blocked
+        })
     }
 
     /// Lets every session look at what has changed for all of them.
@@ -185,9 +187,9 @@ impl Clients {
         self.peers.iter().for_each(|peer| peer.waker.wake());
     }
 
-    fn signal(&self, id: u64, leave: impl FnOnce(&Peer)) -> bool {
-        let Some(peer) = self.peers.get(&id) else { return false };
-        leave(&peer);
+    /// Leaves an order with a client and wakes its session, unless `leave` says that there is nothing to do.
+    fn signal(&self, id: u64, leave: impl FnOnce(&Peer) -> bool) -> bool {
+        let Some(peer) = self.peers.get(&id).filter(|peer| leave(peer)) else { return false };
         peer.waker.wake();
         true
     }
